@@ -1,0 +1,79 @@
+"""What the tests share: where the code is, a tiny corpus, and a process that they leave as it was."""
+
+import random
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import fineweb  # noqa: E402
+import train_gpt2  # noqa: E402
+
+torch.set_num_threads(1)  # the tests' models are so small that more would only wait for each other
+
+SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=384)
+RUN = dict(
+    total_batch_size=8 * 32, micro_batch_size=4, seq_len=32, max_steps=12, warmup_steps=4,
+    max_lr=1e-2, optimizer="muon", eval_every=6, checkpoint_every=4, val_tokens=640,
+    sample_prompt="the ", hellaswag="off",
+)  # fmt: skip
+
+
+@pytest.fixture
+def sandbox(tmp_path, monkeypatch):
+    """An empty working directory. Seeds, and puts back what train_gpt2 sets in the whole process.
+
+    Leaves out of a run what takes long: measuring the device, drawing the plot.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt2.Worker, "matmul_rate", lambda worker: 1e12)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **how: None)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    precision = torch.get_float32_matmul_precision()
+    torch.manual_seed(0)
+    yield tmp_path
+    torch.set_float32_matmul_precision(precision)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A data directory as other programs leave one: shards, and here a tokenizer of 300 tokens."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abdeiklmnorstu", k=rng.randint(1, 6))) for _ in range(60)]
+    lines = ["the " + " ".join(rng.choices(words, range(60, 0, -1), k=9)) for _ in range(900)]
+    documents = ["\n".join(lines[i : i + 10]) + "\n" for i in range(0, 900, 10)]
+    tokenizer = fineweb.train_tokenizer(documents, 300)
+    folder = tmp_path_factory.mktemp("data")
+    fineweb.save_tokenizer(tokenizer, folder)
+    parts = dict(val_000000=documents[:15], train_000001=documents[15:60], train_000002=documents[60:])
+    for name, texts in parts.items():
+        ids = fineweb.encode(tokenizer, [(fineweb.EOT, text) for text in texts])
+        np.save(folder / f"edufineweb_{name}.npy", ids)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(data_dir):
+    return fineweb.load_tokenizer(data_dir)
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    """GPT-2's tokenizer, where tiktoken has it in its cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tiktoken.load.read_file", offline)
+        try:
+            return fineweb.load_tokenizer()
+        except OSError:
+            pytest.skip("tiktoken's cache has no GPT-2 here (see TIKTOKEN_CACHE_DIR)")
+
+
+def offline(*args):
+    raise OSError("offline")
