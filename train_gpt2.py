@@ -12,7 +12,7 @@ the corpus is Python's own standard library and the preset `quick`. Where it has
 A language model turns a sequence of tokens (whole numbers, each standing for a piece of text) into
 a probability for every possible next token. GPT-2 does it so:
 
-    idx (B, T) ──wte, wpe──▶ x (B, T, C) ──L blocks──▶ x (B, T, C) ──ln_f, lm_head──▶ logits (B, T, V)
+    idx (B, T) ─wte, wpe─▶ x (B, T, C) ─L blocks─▶ x (B, T, C) ─ln_f, lm_head─▶ logits (B, T, V)
 
 Each token becomes a vector of C numbers: what it is (wte) plus where it stands (wpe). Each block
 adds to it twice: attention brings in what earlier tokens have to say, the MLP works on each token
@@ -23,8 +23,8 @@ Notation, everywhere in this project:
     T  tokens in a sequence          nh  attention heads (n_head); hs = C / nh, the size of a head
     V  tokens in the vocabulary      L   blocks (n_layer)
 
-Sections: Configuration · Model · Optimizers and schedule · Data · Workers and devices · Evaluation ·
-Checkpoints and the log · Training · Command line
+Sections: Configuration · Model · Optimizers and schedule · Data · Workers and devices ·
+Evaluation · Checkpoints and the log · Training · Command line
 
 "GPT-2" below is Radford et al. 2019, "GPT-3" Brown et al. 2020 (arXiv:2005.14165): its appendix B
 gives the details of training that the GPT-2 paper leaves out.
@@ -72,7 +72,7 @@ def option(default: Any, help: str, low: float = 0, high: float = 2**40, choices
     return dataclasses.field(default=default, metadata=limits)
 
 
-def check_options(config: "GPTConfig | TrainConfig") -> None:
+def check_options(config: Any) -> None:
     """ValueError that names the first field whose value is not allowed."""
     for field in dataclasses.fields(config):
         value, limits = getattr(config, field.name), field.metadata
@@ -139,10 +139,26 @@ class TrainConfig:
         if self.total_batch_size % tokens:
             nearest = max(1, round(self.total_batch_size / tokens)) * tokens
             raise ValueError(
-                f"total_batch_size={self.total_batch_size} is no multiple of micro_batch_size·seq_len·"
-                f"workers = {tokens}; the nearest is {nearest}"
+                f"total_batch_size={self.total_batch_size} is no multiple of micro_batch_size ·"
+                f" seq_len · workers = {tokens}; the nearest is {nearest}"
             )
         return self.total_batch_size // tokens
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What --generate writes. Errors: ValueError."""
+
+    n: int = option(1, "samples", 1, 1024)
+    max_new_tokens: int = option(200, "tokens of a sample, after the prompt", 0)
+    temperature: float = option(
+        1.0, "0 takes the likeliest token, 1 what the model believes", 0, 100
+    )
+    top_k: int = option(50, "of the k likeliest tokens only", 1)
+    top_p: float = option(1.0, "of the likeliest with probability p together only", 1e-9, 1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 # What differs from the defaults above. The larger models' learning rates are GPT-3's, table 2.1.
@@ -189,16 +205,16 @@ class CausalSelfAttention(nn.Module):
             cache[0, :, :, past : past + T], cache[1, :, :, past : past + T] = k, v
             k, v = cache[:, :, :, : past + T]  # (B, nh, past + T, hs) each
         if q.dtype == torch.bfloat16 and x.device.type == "cpu" and mask is None and 1 < T <= 256:
-            # By hand. Scores are divided by √hs: a sum of hs products of variance 1 has variance hs,
-            # and a softmax of such numbers would pick one token and pass no gradient. Causal: later
-            # tokens' scores are -inf, their weights 0. A quick run is 1.2 times as fast this way.
+            # By hand. The scores are divided by √hs, as a sum of hs products of variance 1 has
+            # variance hs, and softmax of such numbers picks one token and passes no gradient.
+            # Causal: scores of later tokens are -inf, so their weights are 0.
             scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, nh, T, T)
             later = torch.ones(T, T, dtype=torch.bool).triu(1)
             weights = scores.masked_fill(later, -math.inf).softmax(dim=-1)  # (B, nh, T, T)
             y = F.dropout(weights, self.dropout, self.training) @ v  # (B, nh, T, hs)
         else:
-            # The same in one kernel that never holds a (T, T) matrix (FlashAttention, arXiv:2205.14135).
-            # A single query is the last token and sees all; is_causal would show it the first key only.
+            # The same in one kernel that never holds a (T, T) matrix: FlashAttention,
+            # arXiv:2205.14135. (is_causal would show a single query, the last, the first key only.)
             y = F.scaled_dot_product_attention(
                 q, k, v, mask, self.dropout if self.training else 0.0, mask is None and T > 1
             )  # (B, nh, T, hs)
@@ -277,8 +293,8 @@ class GPT(nn.Module):
         )
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # One tensor in two roles (arXiv:1608.05859): what a token means where it is read and how it
-        # scores where it is predicted are learned together. In GPT-2 small that saves 38.6M weights.
+        # One tensor in two roles (arXiv:1608.05859): what a token means where it is read, and how
+        # it scores where it is predicted, are learned as one. GPT-2 small saves 38.6M weights.
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
@@ -288,7 +304,7 @@ class GPT(nn.Module):
 
         2L sublayers add to the residual stream, and variances add up: scaled by 1/√(2L), their last
         projections together add as much as one would (GPT-2, section 2.3). The logits then have
-        variance 0.02²·C, and the first loss is ln V + 0.02²·C / 2: just above that of a uniform guess.
+        variance 0.02²·C, and the first loss is ln V + 0.02²·C / 2: a uniform guess has ln V.
         """
         for name, p in self.named_parameters():  # which gives the tied tensor once
             if p.dim() == 2:
@@ -325,8 +341,8 @@ class GPT(nn.Module):
             if end > self.config.block_size:
                 raise ValueError(f"{end} tokens are more than block_size={self.config.block_size}")
             pos = torch.arange(past, end, device=idx.device)  # (T,)
-        # Looking up a row of wte is multiplying by a one-hot vector, without the zeros. Positions are
-        # learned rows too, no formula: so there are none beyond block_size.
+        # Looking up a row of wte is multiplying by a one-hot vector, without the zeros. Positions
+        # are learned rows too, no formula: so there are none beyond block_size.
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
@@ -347,9 +363,9 @@ class GPT(nn.Module):
         def nll(x: Tensor, targets: Tensor) -> Tensor:  # summed; a softmax over V terms wants fp32
             return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")
 
-        # Logits are by far the largest tensor of a step (B=64, T=1024: 13 GB in fp32). Above a limit
-        # they are made chunk by chunk, and made again in the backward pass instead of being kept. It
-        # costs 9 % of a 124M step, so the limit is high where memory is plenty.
+        # Logits are by far the largest tensor of a step (B=64, T=1024: 13 GB in fp32). Above a
+        # limit they are made chunk by chunk, and once more in the backward pass instead of being
+        # kept. That costs 9 % of a 124M step, so the limit is high where memory is plenty.
         rows = max(1, (2**32 if x.is_cuda else 2**26) // self.config.vocab_size)
         if len(x) <= rows:
             return nll(x, targets) / len(x)
@@ -369,18 +385,17 @@ class GPT(nn.Module):
         (arXiv:1904.09751). stop: this token ends a row, which then repeats it. n_vocab: the
         tokenizer's size, where wte is padded beyond it.
 
-        No token looks ahead, so the keys and values of earlier ones stay as they are: they are kept,
+        No token looks ahead, so the keys and values of earlier ones never change: they are kept,
         and each step feeds one token. Past block_size the window slides, every token has a new
         position, and all is computed anew.
         """
         if idx.size(1) == 0:
             raise ValueError("the prompt is empty: it needs a token at least")
         c, kind, past, was_training = self.config, idx.device.type, 0, self.training
-        autocast = torch.is_autocast_enabled(kind)
-        cache = torch.empty(
-            (c.n_layer, 2, len(idx), c.n_head, c.block_size, c.n_embd // c.n_head), device=idx.device,
-            dtype=torch.get_autocast_dtype(kind) if autocast else self.lm_head.weight.dtype,
-        )  # fmt: skip
+        mixed = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if mixed else self.lm_head.weight.dtype
+        shape = (c.n_layer, 2, len(idx), c.n_head, c.block_size, c.n_embd // c.n_head)
+        cache = torch.empty(shape, dtype=dtype, device=idx.device)
         self.eval()
         stopped = torch.zeros_like(idx[:, :1], dtype=torch.bool)
         for _ in range(max_new_tokens):
@@ -424,10 +439,10 @@ class GPT(nn.Module):
                 raise ValueError(str(problems))
             model.load_state_dict(transpose_conv1d(theirs.state_dict()))
         except Exception as e:  # the hub, safetensors and transformers each fail in their own ways
+            reason = (str(e) or repr(e)).strip().splitlines()[0]
             raise ValueError(
-                f"no GPT-2 from {name_or_path!r}: {(str(e) or repr(e)).strip().splitlines()[0]} (it can"
-                " be gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with config.json and"
-                " model.safetensors)"
+                f"no GPT-2 from {name_or_path!r}: {reason} (what can be: gpt2, gpt2-medium,"
+                " gpt2-large, gpt2-xl, or a folder with config.json and model.safetensors)"
             ) from e
         return model
 
@@ -450,7 +465,10 @@ class GPT(nn.Module):
         for name in ("transformer.wte.weight", "lm_head.weight"):
             tensors[name] = tensors[name][:n_vocab]
         theirs.load_state_dict(tensors, strict=c.bias)
-        theirs.save_pretrained(folder)
+        try:
+            theirs.save_pretrained(folder)
+        except Exception as e:  # safetensors has an error of its own for a full disk
+            raise OSError(f"cannot write {folder}: {e}") from e
         if tokenizer:
             fineweb.save_hf_tokenizer(tokenizer, folder, c.block_size)
 
@@ -674,8 +692,8 @@ def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
     if world_size > 1:
         dist.init_process_group("gloo" if device == "cpu" else "nccl")
     if platform.libc_ver()[0] == "glibc":
-        # glibc returns large freed buffers to the kernel, and each step faults their pages in again:
-        # without this a 124M step on two cores takes 1.5 times as long.
+        # glibc returns large freed buffers to the kernel, and each step faults their pages in
+        # again: without this a 124M step on two cores takes 1.5 times as long.
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
     torch.set_float32_matmul_precision("high")  # TF32: fp32 with a 10-bit mantissa in products
@@ -688,7 +706,8 @@ def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, loader: DataLoaderLite, val_tokens: int, tokenizer: Encoding, worker: Worker = Worker()
+    model: GPT, loader: DataLoaderLite, val_tokens: int, tokenizer: Encoding,
+    worker: Worker = Worker(),
 ) -> tuple[float, float]:  # fmt: skip
     """Loss in nats a token and in bits a byte, over the loader's first val_tokens tokens, at most.
 
@@ -707,7 +726,7 @@ def evaluate(
             nats += model(x.to(worker.device), y.to(worker.device)).item() * y.numel()
     model.train()
     nats, n_bytes = worker.gather(nats, n_bytes).sum(dim=0).tolist()
-    return nats / (n * loader.T), nats / math.log(2) / n_bytes
+    return nats / (n * loader.T), nats / math.log(2) / max(1, n_bytes)
 
 
 def sample_texts(
@@ -731,7 +750,7 @@ def sample_texts(
 
 def list_checkpoints(log_dir: str | Path) -> list[Path]:
     """A run's checkpoints, oldest first."""
-    return sorted(Path(log_dir).glob("checkpoint_*.pt"))
+    return sorted(Path(log_dir).glob("checkpoint_*.pt"), key=lambda path: (len(path.name), path))
 
 
 def save_checkpoint(log_dir: Path, keep_every: int, step: int, **state: Any) -> None:
@@ -766,8 +785,8 @@ def load_checkpoint(path: str | Path) -> tuple[GPT, dict[str, Any]]:
 
 
 def load_model(name: str | Path) -> tuple[GPT, Encoding]:
-    """A model to evaluate, on the CPU, and its tokenizer. name: a checkpoint, a run's folder (for its newest
-    checkpoint), or what GPT.from_pretrained takes. Errors: ValueError, OSError."""
+    """A model in evaluation mode, on the CPU, and its tokenizer. name: a checkpoint, a run's folder
+    (its newest checkpoint), or what GPT.from_pretrained takes. Errors: ValueError, OSError."""
     path = (list_checkpoints(name) or [Path(name)])[-1]
     is_checkpoint = path.suffix == ".pt"
     model = load_checkpoint(path)[0] if is_checkpoint else GPT.from_pretrained(str(name))
@@ -784,7 +803,7 @@ def check_vocabulary(model: GPT, tokenizer: Encoding) -> None:
 
 def padded(n_vocab: int) -> int:
     """Rows of wte for n_vocab tokens: the next multiple of 128, 50,257 → 50,304. GPUs multiply
-    matrices in tiles of such sizes; an odd one leaves them half empty. No token has the new rows."""
+    matrices in tiles; odd sizes leave some of them half empty. No token has the added rows."""
     return math.ceil(n_vocab / 128) * 128
 
 
@@ -834,10 +853,10 @@ def train(
 ) -> int:  # fmt: skip
     """Train model, which is on worker.device, as cfg says; the run's files go to cfg.log_dir.
 
-    resume: go on from the newest checkpoint there, if there is one. signals: when a signal's number
-    appears in it, a checkpoint is saved after the step in progress and the number returned; 0 at the
-    end. Errors: ValueError, OSError; FloatingPointError where the loss or the gradient is not
-    finite, before any weight is touched.
+    resume: go on from the newest checkpoint there, if there is one. signals: once a signal's
+    number is in it, a checkpoint is saved after the step in progress and the number returned; at
+    the end 0 is. Errors: ValueError, OSError; FloatingPointError where the loss or the gradient is
+    not finite, before any weight is touched.
     """
     import hellaswag
 
@@ -852,8 +871,8 @@ def train(
     )
     examples = hellaswag.load_examples(worker) if cfg.hellaswag == "on" else []
     optimizers = configure_optimizers(model, cfg, worker.dtype)
-    # A gradient below 6e-8 would be 0 in fp16. The scaler multiplies the loss and divides gradients;
-    # where they overflowed it skips the step and halves its factor. For other dtypes it does nothing.
+    # A gradient below 6e-8 would be 0 in fp16. The scaler multiplies the loss and divides the
+    # gradients; when they overflowed it halves its factor. For other dtypes it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=worker.dtype == torch.float16)
     start = restore(log_dir, model, optimizers, scaler) if resume else 0
     if start > cfg.max_steps or len(worker.gather(start).unique()) > 1:
@@ -872,8 +891,8 @@ def train(
             x, y = x.pin_memory(), y.pin_memory()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         with worker.autocast():
-            # Gradients of micro-steps add up, each that of a mean over B·T tokens. The step's is to be
-            # that of the mean over all its tokens: hence the division.
+            # Gradients of micro-steps add up, each that of a mean over B·T tokens. The step's is to
+            # be that of the mean over all its tokens: hence the division.
             loss = net(x, y) / accumulation
         scaler.scale(loss).backward()
         return loss.detach()
@@ -894,9 +913,10 @@ def train(
         facts = dict(
             device=f"{device}, {torch.get_num_threads()} threads, {worker.world_size} workers",
             precision=f"{worker.dtype}, a bare matmul does {peak / 1e12:.3g} TFLOP/s",
-            chosen=f"compile {compiled}, {kernel}, fused {cfg.optimizer}", config=asdict(model.config),
-            parameters=model.num_params(), tokens=cfg.total_batch_size * cfg.max_steps,
-            epochs=cfg.total_batch_size * cfg.max_steps / T / train_loader.n_windows,
+            chosen=f"compile {compiled}, {kernel}, fused {cfg.optimizer}",
+            config=asdict(model.config), parameters=model.num_params(),
+            tokens=(tokens := cfg.total_batch_size * cfg.max_steps),
+            epochs=round(tokens / T / train_loader.n_windows, 2),
             versions=f"python {platform.python_version()}, torch {torch.__version__}",
             commit=subprocess.run(git, capture_output=True, text=True).stdout.strip(),
         )  # fmt: skip
@@ -916,6 +936,8 @@ def train(
         last = step == cfg.max_steps
         if (step % cfg.eval_every == 0 or last) and not signum:
             val_loss, bits = evaluate(model, val_loader, cfg.val_tokens, tokenizer, worker)
+            if not math.isfinite(val_loss):
+                raise FloatingPointError(f"step {step}: the validation loss is {val_loss}")
             record = dict(step=step, val_loss=val_loss, bits_per_byte=bits)
             record |= hellaswag.evaluate(model, tokenizer, examples, worker) if examples else {}
             worker.print(" | ".join(f"{key} {value:.5g}" for key, value in record.items()))
@@ -971,9 +993,9 @@ def train(
         )  # fmt: skip
         left = seconds / (step - start + 1) * (cfg.max_steps - step - 1)
         worker.print(
-            f"{step + 1}/{cfg.max_steps} | loss {record['loss']:.4f} | lr {lr:.2e} | norm {norm:.2f} |"
-            f" {took * 1e3:.0f} ms | {record['tok_per_s']:,.0f} tok/s | {record['utilisation']:.0%} of"
-            f" matmul | {left // 60:.0f}:{left % 60:02.0f} left"
+            f"{step + 1}/{cfg.max_steps} | loss {record['loss']:.4f} | lr {lr:.2e}"
+            f" | norm {norm:.2f} | {took * 1e3:.0f} ms | {record['tok_per_s']:,.0f} tok/s"
+            f" | {record['utilisation']:.0%} of matmul | {left // 60:.0f}:{left % 60:02.0f} left"
         )
         log(record)
     if last and master:
@@ -1002,6 +1024,10 @@ def restore(
             raise ValueError(f"{path} is of a run with other optimizers: {e}") from None
         model.load_state_dict(saved.state_dict())
         return state["step"]
+    if list_checkpoints(log_dir):
+        raise ValueError(
+            f"{log_dir}: none of its checkpoints is whole; another log_dir starts anew"
+        )
     return 0
 
 
@@ -1019,15 +1045,7 @@ def parse(argv: Sequence[str] | None) -> dict[str, Any]:
     add("--preset", choices=PRESETS, help="default: gpt2 if edu_fineweb10B has shards, else quick")
     add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     add("--generate", metavar="PROMPT", help="write samples with --init or the newest run, and end")
-    for name, kind, help in (
-        ("n", int, "samples (default: 1)"),
-        ("max_new_tokens", int, "tokens (default: 200)"),
-        ("temperature", float, "0 takes the likeliest token (default: 1)"),
-        ("top_k", int, "of the k likeliest tokens only (default: 50)"),
-        ("top_p", float, "of the likeliest with probability p only"),
-    ):
-        add(f"--{name}", type=kind, help=f"with --generate: {help}")
-    for config in (GPTConfig, TrainConfig):
+    for config in (GPTConfig, TrainConfig, SampleConfig):
         group = parser.add_argument_group(config.__name__)
         for field in dataclasses.fields(config):
             how: dict[str, Any] = dict(type=field.type, choices=field.metadata["choices"] or None)
@@ -1039,16 +1057,21 @@ def parse(argv: Sequence[str] | None) -> dict[str, Any]:
     return vars(parser.parse_args(argv))
 
 
+def of(config: type, flags: dict[str, Any]) -> dict[str, Any]:
+    """Those of the flags that are fields of a config."""
+    return {f.name: flags[f.name] for f in dataclasses.fields(config) if f.name in flags}
+
+
 def print_samples(flags: dict[str, Any]) -> None:
+    how = SampleConfig(**of(SampleConfig, flags))
     newest = max(Path("log").glob("*/checkpoint_*.pt"), key=os.path.getmtime, default=None)
     if not (name := flags.get("init") or newest):
         raise ValueError("there is no run in log/ to sample from: train one, or give --init")
     model, tokenizer = load_model(name)
     worker = start_worker(flags.get("device", "auto"), flags.get("precision", "auto"))
-    settings = dict(n=1, seed=TrainConfig.seed, max_new_tokens=200, top_k=50)
-    settings |= {k: flags[k] for k in (*settings, "temperature", "top_p") if k in flags}
+    seed = flags.get("seed", TrainConfig.seed)
     for text in sample_texts(
-        model.to(worker.device), tokenizer, worker, flags["generate"], **settings
+        model.to(worker.device), tokenizer, worker, flags["generate"], seed=seed, **asdict(how)
     ):
         print(text, end="\n\n")
 
@@ -1074,7 +1097,7 @@ def make_model(flags: dict[str, Any], shape: dict[str, Any], cfg: TrainConfig) -
     start, own = load_model(cfg.init)
     if fineweb.spell(own) != fineweb.spell(tokenizer):
         raise ValueError(f"init={cfg.init}: its tokenizer is not that of data_dir={cfg.data_dir}")
-    asked = {key: value for key, value in flags.items() if hasattr(start.config, key)}
+    asked = of(GPTConfig, flags)
     model, weights = GPT(dataclasses.replace(start.config, **asked)), start.state_dict()
     wpe = "transformer.wpe.weight"
     weights[wpe] = weights[wpe][: model.config.block_size]  # a shorter context keeps the first rows
@@ -1093,10 +1116,8 @@ def run(flags: dict[str, Any]) -> None:
     if preset == "quick" and not flags.keys() & {"preset", "data_dir"}:
         print(f"no shards in {TrainConfig.data_dir} (python fineweb.py makes them): preset quick")
     chosen = PRESETS[preset] | flags
-    shape = {f.name: chosen[f.name] for f in dataclasses.fields(GPTConfig) if f.name in chosen}
-    given = {f.name: chosen[f.name] for f in dataclasses.fields(TrainConfig) if f.name in chosen}
-    GPTConfig(**shape)  # a wrong value is an error now, not after the preparation of data
-    cfg = TrainConfig(**given | {"log_dir": pick_log_dir(flags, preset)})
+    GPTConfig(**of(GPTConfig, chosen))  # a wrong value is an error now, not after preparing data
+    cfg = TrainConfig(**of(TrainConfig, chosen) | {"log_dir": pick_log_dir(flags, preset)})
     cfg.micro_steps(int(os.environ.get("WORLD_SIZE", 1)))
     worker = start_worker(cfg.device, cfg.precision)
     signals: list[int] = []
@@ -1112,7 +1133,9 @@ def run(flags: dict[str, Any]) -> None:
         if "data_dir" not in flags and preset == "quick":
             fineweb.prepare_stdlib(cfg.data_dir)
     worker.gather()  # the others wait here
-    model = make_model(flags, shape, cfg).to(worker.device)
+    for split in ("train", "val"):
+        fineweb.open_shards(cfg.data_dir, split)  # an error here comes before anything is computed
+    model = make_model(flags, of(GPTConfig, chosen), cfg).to(worker.device)
     signum = train(model, cfg, worker, flags.get("resume", False), signals)
     if worker.world_size > 1:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What the tests share: where the code is, a tiny corpus, and a process that they leave as it was."""
+"""What the tests share: a tiny model, corpus and run, and a process that they leave as it was."""
 
 import random
 import signal
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -15,13 +16,36 @@ import fineweb  # noqa: E402
 import train_gpt2  # noqa: E402
 
 torch.set_num_threads(1)  # the tests' models are so small that more would only wait for each other
+checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+settings.register_profile(
+    "same", derandomize=True, database=None, deadline=None, suppress_health_check=checks
+)
+settings.load_profile("same")
 
-SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=384)
+SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)
 RUN = dict(
     total_batch_size=8 * 32, micro_batch_size=4, seq_len=32, max_steps=12, warmup_steps=4,
     max_lr=1e-2, optimizer="muon", eval_every=6, checkpoint_every=4, val_tokens=640,
     sample_prompt="the ", hellaswag="off",
 )  # fmt: skip
+
+
+class Bomb:
+    """Unpickled, it makes a file."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
+
+
+def history(log_dir) -> list[dict]:
+    """What a run's log says of its steps, but for time."""
+    keys = ("step", "loss", "lr", "grad_norm", "val_loss", "bits_per_byte")
+    records = train_gpt2.read_log(log_dir)
+    return [{key: r[key] for key in keys if key in r} for r in records if "step" in r]
+
+
+def assert_same(a, b) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 @pytest.fixture
@@ -48,11 +72,11 @@ def data_dir(tmp_path_factory):
     rng = random.Random(0)
     words = ["".join(rng.choices("abdeiklmnorstu", k=rng.randint(1, 6))) for _ in range(60)]
     lines = ["the " + " ".join(rng.choices(words, range(60, 0, -1), k=9)) for _ in range(900)]
-    documents = ["\n".join(lines[i : i + 10]) + "\n" for i in range(0, 900, 10)]
-    tokenizer = fineweb.train_tokenizer(documents, 300)
+    texts = ["\n".join(lines[i : i + 10]) + "\n" for i in range(0, 900, 10)]
+    tokenizer = fineweb.train_tokenizer(texts, 300)
     folder = tmp_path_factory.mktemp("data")
     fineweb.save_tokenizer(tokenizer, folder)
-    parts = dict(val_000000=documents[:15], train_000001=documents[15:60], train_000002=documents[60:])
+    parts = dict(val_000000=texts[:15], train_000001=texts[15:60], train_000002=texts[60:])
     for name, texts in parts.items():
         ids = fineweb.encode(tokenizer, [(fineweb.EOT, text) for text in texts])
         np.save(folder / f"edufineweb_{name}.npy", ids)
@@ -64,6 +88,10 @@ def tokenizer(data_dir):
     return fineweb.load_tokenizer(data_dir)
 
 
+def offline(*args):
+    raise OSError("offline")
+
+
 @pytest.fixture(scope="session")
 def gpt2():
     """GPT-2's tokenizer, where tiktoken has it in its cache."""
@@ -73,7 +101,3 @@ def gpt2():
             return fineweb.load_tokenizer()
         except OSError:
             pytest.skip("tiktoken's cache has no GPT-2 here (see TIKTOKEN_CACHE_DIR)")
-
-
-def offline(*args):
-    raise OSError("offline")
