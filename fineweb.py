@@ -216,7 +216,7 @@ def reading(what: object, way_out: str = "") -> Iterator[None]:
         yield
     except Exception as e:  # files and networks fail in the ways of a dozen libraries
         reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
-        way_out = way_out or " (is it UTF-8?)" * isinstance(e, UnicodeError)
+        way_out = way_out or " (convert it to UTF-8)" * isinstance(e, UnicodeError)
         raise ValueError(f"{what}: {reason}{way_out}") from e
 
 
@@ -270,8 +270,11 @@ class Corpus:
                 import pyarrow.parquet
 
                 table = pyarrow.parquet.ParquetFile(self.file)
-                for rows in table.iter_batches(256, columns=[self.text_field]):
-                    yield from rows.column(self.text_field).cast("string").to_pylist()
+                if self.text_field not in (names := table.schema_arrow.names):
+                    raise ValueError(f"no {self.text_field!r} (see --text_field) among {names}")
+                for group in range(table.num_row_groups):  # else pyarrow holds on to all of them
+                    for rows in table.iter_batches(256, [group], [self.text_field]):
+                        yield from rows.column(self.text_field).cast("string").to_pylist()
                 return
             for i, line in enumerate(gzip.open(self.file) if path.suffix == ".gz" else self.file):
                 try:
@@ -279,7 +282,7 @@ class Corpus:
                         yield text_of_line(line, self.text_field)
                 except ValueError as e:
                     if not self.skip_bad_lines:
-                        raise ValueError(f"line {i + 1} {e} (--skip_bad_lines goes on)") from e
+                        raise ValueError(f"line {i + 1} {e} (or --skip_bad_lines)") from e
                     self.skipped["bad lines"] += 1
 
     def expected_tokens(self, tokens: int) -> int:
@@ -299,7 +302,7 @@ def text_of_line(line: bytes, text_field: str) -> str:
     except (ValueError, RecursionError) as e:
         raise ValueError(f"is not JSON: {e}") from e
     except (LookupError, TypeError, AttributeError) as e:
-        raise ValueError(f"has no text under {text_field!r} (--text_field)") from e
+        raise ValueError(f"has no text under {text_field!r} (see --text_field)") from e
 
 
 @dataclass
@@ -752,7 +755,7 @@ def prepare_files(
     # Not among these: skip_bad_lines. With or without it, what has been done so far is the same.
     arguments = dict(
         source=[str(path) for path in inputs], files=len(files),
-        sizes=hashlib.sha256(sizes.encode()).hexdigest(), text_field=text_field,
+        sizes=hashlib.sha256(sizes.encode()).hexdigest()[:16], text_field=text_field,
         tokenizer=tokenizer, val_fraction=val_fraction, shard_tokens=shard_tokens,
     )  # fmt: skip
     source = Corpus("text", files, val_fraction, text_field, skip_bad_lines)

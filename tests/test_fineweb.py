@@ -1,0 +1,695 @@
+"""What fineweb.py promises, each promise as a test. Offline, on files made here."""
+
+import errno
+import gzip
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import fineweb  # noqa: E402
+
+EOT = "<|endoftext|>"
+
+
+def make_texts(n: int, seed: int = 0) -> list[str]:
+    """Documents of very different lengths, in several scripts."""
+    rng = random.Random(seed)
+    words = "the train of tokens Straße číslo données 東京 🦜 it's 42".split() + ["\r\n"]
+    return [" ".join(rng.choices(words, k=rng.choice([1, 20, 300]))) + f" {i}" for i in range(n)]
+
+
+TEXTS = make_texts(150)
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@pytest.fixture(scope="session")
+def bpe():
+    return fineweb.train_tokenizer(TEXTS, 400)
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr(fineweb, "BATCH_CHARS", 2000)
+
+
+def fail(message):
+    def function(*args, **kwargs):
+        raise OSError(message)
+
+    return function
+
+
+def write_jsonl(path: Path, texts) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    return path
+
+
+def write_parquet(path: Path, texts, row_group_size=20, **columns) -> Path:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.table({"text": list(texts), **columns})
+    parquet.write_table(table, path, row_group_size=row_group_size)
+    return path
+
+
+def prepare(path, out_dir, **options) -> Path:
+    inputs = [str(p) for p in (path if isinstance(path, list) else [path])]
+    defaults = {"tokenizer": "train:300", "val_fraction": 0.1, "shard_tokens": 1500}
+    fineweb.prepare_files(inputs, out_dir, **{**defaults, **options})
+    return Path(out_dir)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def documents(folder: Path, split: str) -> list[str]:
+    enc = fineweb.load_tokenizer(folder)
+    ids = np.concatenate([shard for _, shard in fineweb.open_shards(folder, split)])
+    starts = np.flatnonzero(ids == enc.eot_token)
+    assert starts[0] == 0
+    return [enc.decode(part[1:].tolist()) for part in np.split(ids, starts[1:])]
+
+
+def both(folder: Path) -> list[str]:
+    return documents(folder, "train") + documents(folder, "val")
+
+
+# ---------------------------------------------------------------------------------- Tokenizers
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=ANY_TEXT)
+def test_any_text_survives_a_trained_tokenizer(bpe, text):
+    assert bpe.decode(bpe.encode(text, disallowed_special=())) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(st.one_of(ANY_TEXT, st.just(f"a{EOT}b"), st.just(EOT))))
+def test_endoftext_in_a_text_stays_text(bpe, texts):
+    ids = fineweb.encode(bpe, [(EOT, text) for text in texts] or [("", "")])
+    assert np.count_nonzero(ids == bpe.eot_token) == len(texts)
+    assert bpe.decode(ids.tolist()) == "".join(EOT + text for text in texts)
+
+
+def test_a_trained_tokenizer_has_the_ids_of_gpt2s_scheme(bpe, tmp_path):
+    assert (bpe.n_vocab, bpe.eot_token) == (400, 399)
+    assert [bpe.decode([i]) for i in (0, 1, 220)] == ["!", '"', " "]
+    fineweb.save_tokenizer(bpe, tmp_path)
+    assert (tmp_path / "vocab.bpe").read_text("utf-8").count("\n") == 1 + 400 - 257
+
+
+def test_gpt2s_files_are_written_as_openai_released_them(gpt2, tmp_path):
+    fineweb.save_tokenizer(gpt2, tmp_path)
+    digests = [hashlib.sha256(data).hexdigest()[:16] for data in contents(tmp_path).values()]
+    assert digests == ["196139668be63f3b", "1ce1664773c50f3e"]  # those that tiktoken checks
+    assert fineweb.load_tokenizer(tmp_path).encode("Hello, I'm a language model,") == [
+        15496, 11, 314, 1101, 257, 3303, 2746, 11,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("which", ["bpe", "gpt2"])
+def test_transformers_reads_the_same_tokenizer(which, request, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    enc = request.getfixturevalue(which)
+    fineweb.save_hf_tokenizer(enc, tmp_path, block_size=1 << 20)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    rng = random.Random(1)
+    noise = ["".join(chr(rng.choice([32, 97, 0x301, rng.randrange(0xD800)])) for _ in range(300))]
+    for text in [*TEXTS, *noise, fineweb.__doc__, "aaaaaaa   \n\n\t x  's 'S"]:
+        text = text.replace(EOT, "")  # theirs takes it for the special token
+        assert theirs.encode(text) == enc.encode(text, disallowed_special=())
+    assert theirs.eos_token_id == enc.eot_token and len(theirs) == enc.n_vocab
+    assert fineweb.spell(fineweb.load_tokenizer(tmp_path)) == fineweb.spell(enc)
+
+
+def test_a_retrained_tokenizer_replaces_its_predecessor(tmp_path):
+    for size in (300, 320):
+        fineweb.save_tokenizer(fineweb.train_tokenizer(TEXTS, size), tmp_path)
+        assert fineweb.load_tokenizer(tmp_path).n_vocab == size
+
+
+def test_training_a_tokenizer_twice_gives_the_same(bpe):
+    assert fineweb.spell(fineweb.train_tokenizer(iter(TEXTS), 400)) == fineweb.spell(bpe)
+
+
+@pytest.mark.parametrize("size", [-1, 0, 256, 65537, 60000])
+def test_a_vocabulary_that_cannot_be_is_refused(size):
+    with pytest.raises(ValueError, match=rf"not {size}"):
+        fineweb.train_tokenizer(TEXTS, size)
+
+
+def test_half_a_tokenizer_is_refused(bpe, tmp_path):
+    fineweb.save_tokenizer(bpe, tmp_path)
+    lines = (tmp_path / "vocab.bpe").read_text("utf-8").splitlines()
+    (tmp_path / "vocab.bpe").write_text("\n".join(lines[:-1]) + "\n", "utf-8")
+    with pytest.raises(ValueError, match="make no tokenizer"):
+        fineweb.load_tokenizer(tmp_path)
+    (tmp_path / "vocab.bpe").unlink()
+    with pytest.raises(ValueError, match="make no tokenizer"):
+        fineweb.load_tokenizer(tmp_path)
+
+
+def test_without_gpt2s_tokenizer_the_way_out_is_told(monkeypatch):
+    monkeypatch.setattr("tiktoken.get_encoding", fail("no network"))
+    with pytest.raises(OSError, match="TIKTOKEN_CACHE_DIR"):
+        fineweb.load_tokenizer()
+
+
+# --------------------------------------------------------------------------------- Own data
+
+
+def test_every_form_of_file_gives_the_same_documents(tmp_path):
+    (tmp_path / "txt/deeper").mkdir(parents=True)
+    for i, text in enumerate(TEXTS):
+        folder = tmp_path / "txt" / ("deeper" if i % 2 else "")
+        (folder / f"{i:03}.txt").write_bytes(text.encode())
+    jsonl = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    gz = tmp_path / "b.jsonl.gz"
+    gz.write_bytes(gzip.compress(jsonl.read_bytes()))
+    parquet = write_parquet(tmp_path / "c.parquet", TEXTS, other=list(range(len(TEXTS))))
+    for i, path in enumerate([tmp_path / "txt", jsonl, gz, parquet]):
+        out = prepare(path, tmp_path / f"out{i}")
+        assert sorted(both(out)) == sorted(TEXTS)
+        assert documents(out, "val") == [t for t in both(out) if t in set(documents(out, "val"))]
+        fineweb.inspect_shards(out)
+    vals = [sorted(documents(tmp_path / f"out{i}", "val")) for i in range(4)]
+    assert vals[0] == vals[1] == vals[2] == vals[3] and len(vals[0]) > 1
+
+
+def test_validation_depends_neither_on_order_nor_on_the_other_documents(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    write_jsonl(tmp_path / "b.jsonl", TEXTS[::-1])
+    write_jsonl(tmp_path / "c.jsonl", TEXTS[:100])
+    a, b, c = (documents(prepare(tmp_path / f"{x}.jsonl", tmp_path / x), "val") for x in "abc")
+    assert sorted(a) == sorted(b) and set(c) == set(a) & set(TEXTS[:100])
+    assert 5 <= len(a) <= 27  # 15 expected
+
+
+@pytest.mark.parametrize("fraction, n", [(0.01, 2), (0.01, 20), (0.99, 2), (0.99, 20), (0.5, 3)])
+def test_both_splits_have_a_document(fraction, n, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [text * 30 for text in TEXTS[:n]])
+    out = prepare(path, tmp_path / "out", val_fraction=fraction, tokenizer="train:257")
+    assert documents(out, "train") and documents(out, "val") and len(both(out)) == n
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_single_text_is_split_by_position(copies, tmp_path):
+    text = "東京 é\r\n🦜 " * 1000
+    (tmp_path / "in").mkdir()
+    for i in range(copies):
+        (tmp_path / f"in/{i}.txt").write_bytes(text.encode())
+    out = prepare(tmp_path / "in", tmp_path / "out", tokenizer="train:260")
+    head, tail = documents(out, "train"), documents(out, "val")
+    assert head + tail == [text[:7200]] * copies + [text[7200:]] * copies
+
+
+def test_a_text_too_large_to_hold_is_read_in_blocks_to_the_same_tokens(tmp_path, monkeypatch, bpe):
+    text = "\n".join(TEXTS) + "   \n\n " * 50 + "x" * 5000 + "\n"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    whole = prepare(tmp_path / "a.txt", tmp_path / "whole", shard_tokens=10**6)
+    monkeypatch.setattr(fineweb, "BATCH_CHARS", 500)
+    monkeypatch.setattr(fineweb, "make_batches", make_batches := spy(fineweb.make_batches))
+    cut = prepare(tmp_path / "a.txt", tmp_path / "cut", shard_tokens=10**6)
+    assert len(make_batches.items) > 50
+    assert both(cut) == both(whole)
+    enc = fineweb.load_tokenizer(cut)
+    tokens = [np.load(folder / "text_train_000000.npy") for folder in (cut, whole)]
+    end = int(np.argmax(tokens[1] == enc.encode_single_token(b"x"))) - 10  # the run of x is cut
+    assert np.array_equal(tokens[0][:end], tokens[1][:end])
+
+
+def spy(function):
+    def wrapper(*args):
+        for item in function(*args):
+            wrapper.items.append(item)
+            yield item
+
+    wrapper.items = []
+    return wrapper
+
+
+def test_pieces_of_a_text_have_the_tokens_of_the_whole(gpt2, monkeypatch):
+    monkeypatch.setattr(fineweb, "BATCH_CHARS", 40)
+    rng, exact = random.Random(2), 0
+    for _ in range(200):
+        text = "".join(rng.choices("ab 's1!\n\t\x1c\u3000é ", k=300))
+        pieces = list(fineweb.cut_text([text[:120], text[120:]]))
+        assert "".join(pieces) == text and max(map(len, pieces)) <= 40
+        cuts = [a[-1] + b[0] for a, b in zip(pieces, pieces[1:], strict=False)]
+        if all(re.match(r"\S[ \n]", cut) for cut in cuts):
+            exact += 1
+            assert [i for piece in pieces for i in gpt2.encode(piece)] == gpt2.encode(text)
+    assert exact > 100
+
+
+def test_shards_do_not_depend_on_the_number_of_workers(tmp_path, small_batches):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    one, many = (contents(prepare(path, tmp_path / str(n), workers=n)) for n in (1, 7))
+    assert one == many and len(one) > 10
+
+
+def test_shards_are_full_but_the_last_and_meta_counts_them(tmp_path):
+    out = prepare(write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out")
+    meta, enc = json.loads((out / "meta.json").read_bytes()), fineweb.load_tokenizer(out)
+    for split in ("train", "val"):
+        lengths = [len(ids) for _, ids in fineweb.open_shards(out, split)]
+        assert all(n == 1500 for n in lengths[:-1]) and 0 < lengths[-1] <= 1500
+        texts = documents(out, split)
+        n_bytes = sum(len(text.encode()) for text in texts)
+        totals = dict(tokens=sum(lengths), bytes=n_bytes, documents=len(texts), shards=len(lengths))
+        assert meta["splits"][split] == totals
+    first = np.load(out / "text_train_000000.npy")
+    assert first.dtype == np.uint16 and first.ndim == 1 and first[0] == enc.eot_token
+
+
+def test_a_tokenizer_is_trained_on_a_bounded_share_of_the_training_documents(tmp_path, monkeypatch):
+    train, seen = fineweb.train_tokenizer, []
+
+    def train_and_see(texts, vocab_size):
+        seen.extend(texts)
+        return train(seen, vocab_size)
+
+    monkeypatch.setattr(fineweb, "train_tokenizer", train_and_see)
+    monkeypatch.setattr(fineweb, "TOKENIZER_BYTES", 10_000)
+    out = prepare(write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out")
+    assert 10_000 <= sum(len(text.encode()) for text in seen) < 15_000
+    assert set(seen) <= set(documents(out, "train"))
+
+
+def test_the_standard_library_is_prepared_by_its_hash_and_then_left_alone(tmp_path, capsys):
+    assert fineweb.prepare_stdlib(tmp_path / "stdlib", vocab_size=300)
+    for split, remainders in (("val", {0}), ("train", set(range(1, 20)))):
+        texts = documents(tmp_path / "stdlib", split)
+        digests = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+        assert {int(digest, 16) % 20 for digest in digests} == remainders
+    before = contents(tmp_path / "stdlib")
+    shards = ["stdlib_train_000000.npy", "stdlib_val_000000.npy"]
+    assert sorted(before) == ["encoder.json", "meta.json", *shards, "vocab.bpe"]
+    capsys.readouterr()
+    assert not fineweb.prepare_stdlib(tmp_path / "stdlib", vocab_size=300)
+    assert capsys.readouterr() == ("", "") and contents(tmp_path / "stdlib") == before
+
+
+def test_it_runs_in_a_spawned_process(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    arguments = [
+        "--input",
+        str(path),
+        "--out_dir",
+        str(tmp_path / "out"),
+        "--tokenizer",
+        "train:300",
+    ]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(fineweb.main, [arguments]) == 0
+    assert sorted(both(tmp_path / "out")) == sorted(TEXTS)
+
+
+def test_importing_it_loads_nothing_heavy():
+    code = "import sys, fineweb; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    loaded = set(out.stdout.split())
+    assert "fineweb" in loaded
+    assert not loaded & {"torch", "datasets", "tokenizers", "pyarrow", "transformers", "tqdm"}
+
+
+# --------------------------------------------------------------------------------- FineWeb-Edu
+
+
+@pytest.fixture
+def hub(bpe, tmp_path, monkeypatch):
+    """A data set in the form of FineWeb-Edu, read by `datasets` itself; its tokenizer is bpe."""
+    pytest.importorskip("datasets")
+    monkeypatch.setattr(fineweb, "FINEWEB", str(tmp_path / "hub"))
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: bpe)
+    for i in range(3):
+        texts = [*TEXTS[i * 50 : i * 50 + 50], ""]
+        others = dict(
+            id=["<urn>"] * 51, url=["http://a"] * 51, token_count=[9] * 51, score=[3.5] * 51
+        )
+        write_parquet(tmp_path / f"hub/sample/10BT/{i:03}_00000.parquet", texts, **others)
+        write_parquet(
+            tmp_path / f"hub/data/CC-MAIN-2013-20/{i}.parquet", ["no sample"], score=[3.5]
+        )
+    configs = {"default": "data/*/*", "sample-10BT": "sample/10BT/*"}
+    lines = [
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {path}\n"
+        for name, path in configs.items()
+    ]
+    (tmp_path / "hub/README.md").write_text("---\nconfigs:\n" + "".join(lines) + "---\n", "utf-8")
+    return tmp_path / "hub"
+
+
+def tokens(folder: Path, split: str) -> list[int]:
+    return np.concatenate([ids for _, ids in fineweb.open_shards(folder, split)]).tolist()
+
+
+def test_finewebs_first_shard_is_validation_and_the_rest_training(hub, bpe, tmp_path):
+    assert fineweb.prepare_fineweb(tmp_path / "out", shard_tokens=2000)
+    expected = []
+    for text in TEXTS:
+        expected += [bpe.eot_token, *bpe.encode(text, disallowed_special=())]
+    assert tokens(tmp_path / "out", "val") == expected[:2000]
+    assert tokens(tmp_path / "out", "train") == expected[2000:]
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.npy"))
+    assert names[0] == "edufineweb_train_000001.npy" and names[-1] == "edufineweb_val_000000.npy"
+    fineweb.inspect_shards(tmp_path / "out")
+    assert not fineweb.prepare_fineweb(tmp_path / "out", shard_tokens=2000)
+
+
+@pytest.mark.parametrize("max_tokens, val", [(3000, 300), (15_000, 1000), (1001, 100)])
+def test_max_tokens_is_kept_to_the_token_with_a_tenth_of_validation(hub, tmp_path, max_tokens, val):
+    fineweb.prepare_fineweb(tmp_path / "out", max_tokens=max_tokens, shard_tokens=1000)
+    assert len(tokens(tmp_path / "out", "val")) == val
+    assert len(tokens(tmp_path / "out", "train")) == max_tokens - val
+
+
+def test_a_sample_that_cannot_be_streamed_leaves_nothing_and_tells_the_way_out(hub, tmp_path):
+    with pytest.raises(ValueError, match="sample-9BT.*--input, --stdlib"):
+        fineweb.prepare_fineweb(tmp_path / "out", sample="sample-9BT")
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------ Interruption
+
+KILLER = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import fineweb
+fineweb.BATCH_CHARS, fineweb.FINEWEB = 2000, sys.argv[3]
+fineweb.tiktoken.get_encoding = lambda name: fineweb.load_tokenizer(sys.argv[3])
+left, replace = float(sys.argv[2]), os.replace
+def replace_or_die(*paths):
+    global left
+    left -= 1
+    if left == -0.5:
+        os.kill(os.getpid(), signal.SIGKILL)  # the temporary file is written
+    replace(*paths)
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)  # the file has its name
+os.replace = replace_or_die
+sys.exit(fineweb.main(sys.argv[4:]))
+"""
+
+
+def run_killed(arguments, kill_at, fineweb_path="") -> int:
+    """Run the program, killed at its kill_at-th file, in (.5) or just after renaming it."""
+    command = [sys.executable, "-c", KILLER, str(ROOT), str(kill_at), str(fineweb_path), *arguments]
+    return subprocess.run(command, capture_output=True, timeout=120).returncode
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_killed_at_any_file_and_run_again_it_ends_with_the_same_bytes(tmp_path, small_batches):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    whole = contents(prepare(path, tmp_path / "whole"))
+    arguments = ["--input", str(path), "--tokenizer", "train:300", "--val_fraction", "0.1"]
+    arguments += ["--shard_tokens", "1500", "--out_dir", str(tmp_path / "killed")]
+    codes = []
+    for kill_at in (0.5, 1, 1.5, 2, 2.5, 3, 7.5, 8, 13, 0):
+        codes.append(run_killed(arguments, kill_at))
+        for shard in (tmp_path / "killed").glob("*.npy"):
+            assert shard.read_bytes() == whole[shard.name]
+    assert codes.count(-signal.SIGKILL) == 9 and codes[-1] == 0
+    assert contents(tmp_path / "killed") == whole
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_fineweb_goes_on_after_the_last_whole_shard(hub, bpe, tmp_path, small_batches, monkeypatch):
+    fineweb.save_tokenizer(bpe, hub)  # for the killed process
+    fineweb.prepare_fineweb(tmp_path / "whole", shard_tokens=1500)
+    arguments = ["--out_dir", str(tmp_path / "killed"), "--shard_tokens", "1500"]
+    assert run_killed(arguments, 12.5, hub) == -signal.SIGKILL  # in the second file
+    read, read_documents = [], fineweb.FineWeb.documents
+    monkeypatch.setattr(
+        fineweb.FineWeb, "documents", lambda *args: read.append(1) or read_documents(*args)
+    )
+    fineweb.prepare_fineweb(tmp_path / "killed", shard_tokens=1500)
+    assert len(read) == 2  # the first file was not read again
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_killed_between_its_last_two_steps_it_is_finished(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    whole = contents(out := prepare(path, tmp_path / "out"))
+    (out / "progress.json").write_bytes(whole["meta.json"])
+    assert fineweb.open_shards(out, "train")
+    assert contents(prepare(path, out)) == whole
+
+
+def test_other_arguments_are_refused_saying_which(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    out = prepare(path, tmp_path / "out")
+    before = contents(out)
+    others = {"tokenizer": "train:301", "val_fraction": 0.2, "text_field": "t", "shard_tokens": 9}
+    for name, value in others.items():
+        with pytest.raises(ValueError, match=rf"{name} .*, now '?{value}"):
+            prepare(path, out, **{name: value})
+    write_jsonl(path, TEXTS[:-1])
+    with pytest.raises(ValueError, match="sizes .*, now"):
+        prepare(path, out)
+    with pytest.raises(ValueError, match="source .*, now 'stdlib'"):
+        fineweb.prepare_stdlib(out)
+    (out / "meta.json").rename(out / "progress.json")  # unfinished makes no difference
+    with pytest.raises(ValueError, match="source .*, now 'stdlib'"):
+        fineweb.prepare_stdlib(out)
+    (out / "progress.json").rename(out / "meta.json")
+    assert contents(out) == before
+
+
+def test_shards_of_other_programs_are_not_overwritten(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    np.save(tmp_path / "edufineweb_train_000001.npy", np.zeros(9, np.uint16))
+    with pytest.raises(ValueError, match="of another program"):
+        prepare(path, tmp_path)
+
+
+# ----------------------------------------------------------------------------------- Bad input
+
+
+def test_each_wrong_line_is_named_and_can_be_skipped_and_counted(tmp_path, capsys):
+    good = json.dumps({"text": "good " * 50}).encode()
+    bad = {
+        b"{": "not JSON",
+        b'"text"': "no text under 'text'",
+        b'{"txt": "a"}': "no text under 'text'",
+        b'{"text": null}': "no text under 'text'",
+        b'{"text": ["a"]}': "no text under 'text'",
+        b'{"text": "\xff"}': "not UTF-8",
+        b'{"text": "\\ud800"}': "surrogates",
+        b"[" * 100_000: "not JSON",
+    }
+    for line, message in bad.items():
+        (tmp_path / "a.jsonl").write_bytes(b"\n".join([good, b"", line, good]))
+        with pytest.raises(ValueError, match=rf"a.jsonl: line 3 .*{message}.*--skip_bad_lines"):
+            prepare(tmp_path / "a.jsonl", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    lines = [good, good.replace(b"good", b"also"), *bad, b'{"text": ""}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    out = prepare(
+        tmp_path / "a.jsonl", tmp_path / "out", skip_bad_lines=True, tokenizer="train:257"
+    )
+    assert sorted(both(out)) == ["also " * 50, "good " * 50]
+    skipped = json.loads((out / "meta.json").read_bytes())["skipped"]
+    assert skipped == {"bad lines": 8, "empty documents": 1}
+    assert "skipped 8 bad lines" in capsys.readouterr().out
+
+
+def damaged_gzip(path):
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 9999)[:-20])
+
+
+BAD_FILES = {
+    "latin1.txt": (lambda path: path.write_bytes("é".encode("latin-1") * 50), "UTF-8"),
+    "surrogate.txt": (lambda path: path.write_bytes(b"a\xed\xa0\x80b"), "UTF-8"),
+    "empty.txt": (lambda path: path.write_bytes(b""), "no document"),
+    "one.txt": (lambda path: path.write_bytes(b"a"), "single character"),
+    "empty.jsonl": (lambda path: path.write_bytes(b'{"text": ""}\n\n'), "no document"),
+    "cut.jsonl.gz": (damaged_gzip, "cut.jsonl.gz: .*ended before"),
+    "no.jsonl.gz": (lambda path: path.write_bytes(b"a"), "no.jsonl.gz: Not a gzipped file"),
+    "no.parquet": (lambda path: path.write_bytes(b"a" * 99), "no.parquet: .*[Pp]arquet"),
+    "names.parquet": (lambda path: write_parquet(path, ["a"]), "names.parquet: .*text"),
+    "book.pdf": (lambda path: path.write_bytes(b"a"), r"\.txt, \.jsonl, \.jsonl\.gz, \.parquet"),
+    "missing.txt": (lambda path: None, "no such file"),
+    "folder": (lambda path: path.mkdir(), "folder without any"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_named_in_one_line_and_nothing_is_left(name, tmp_path, capsys):
+    make, message = BAD_FILES[name]
+    make(tmp_path / name)
+    arguments = ["--input", str(tmp_path / name), "--out_dir", str(tmp_path / "out")]
+    if name == "names.parquet":
+        arguments += ["--text_field", "body"]
+        message = "no .body. .*text"
+    assert fineweb.main([*arguments, "--tokenizer", "train:257"]) == 1
+    out, err = capsys.readouterr()
+    assert re.search(message, err) and err.startswith("error: ") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--tokenizer", "train:256"], "257"),
+        (["--tokenizer", "train:65537"], "65536"),
+        (["--tokenizer", "train:60000"], "60000"),
+        (["--tokenizer", "train:"], "gpt2 or train:N"),
+        (["--tokenizer", "gpt4"], "gpt2 or train:N"),
+        (["--val_fraction", "0"], "between 0 and 1"),
+        (["--val_fraction", "1"], "between 0 and 1"),
+    ],
+)
+def test_a_bad_argument_is_named_in_one_line_and_nothing_is_left(
+    options, message, tmp_path, capsys
+):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    assert fineweb.main(["--input", str(path), "--out_dir", str(tmp_path / "out"), *options]) == 1
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--input a.txt", "--stdlib --sample b", "--max_tokens 1e9 --text_field c", "--max_tokens 0.5",
+     "--workers 0", "--inspect d --stdlib", "--shard_tokens many"],
+)  # fmt: skip
+def test_arguments_that_do_not_go_together_are_refused(arguments):
+    with pytest.raises(SystemExit) as error:
+        fineweb.main(arguments.split())
+    assert error.value.code == 2
+
+
+def test_a_full_disk_leaves_whole_shards_to_go_on_from(
+    tmp_path, monkeypatch, capsys, small_batches
+):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    whole = contents(prepare(path, tmp_path / "whole"))
+    arguments = ["--input", str(path), "--tokenizer", "train:300", "--val_fraction", "0.1"]
+    arguments += ["--shard_tokens", "1500", "--out_dir", str(tmp_path / "out")]
+    fsync, left = os.fsync, [9]
+
+    def fsync_until_full(number):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", fsync_until_full)
+    assert fineweb.main(arguments) == 1
+    err = capsys.readouterr().err
+    assert "No space left" in err and "cannot write" in err and err.count("\n") == 1
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    shards = [path for path in (tmp_path / "out").iterdir() if path.suffix == ".npy"]
+    assert shards and all(whole[path.name] == path.read_bytes() for path in shards)
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert fineweb.main(arguments) == 0 and contents(tmp_path / "out") == whole
+
+
+def test_ctrl_c_ends_with_130_and_one_sentence(tmp_path, monkeypatch, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    monkeypatch.setattr(fineweb, "write_shards", interrupt)
+    arguments = [
+        "--input",
+        str(path),
+        "--out_dir",
+        str(tmp_path / "out"),
+        "--tokenizer",
+        "train:257",
+    ]
+    assert fineweb.main(arguments) == 130
+    assert (
+        capsys.readouterr().err
+        == "\nstopped; the same command goes on after the last whole shard\n"
+    )
+
+
+def interrupt(*args):
+    signal.raise_signal(signal.SIGINT)
+
+
+# --------------------------------------------------------------------- Looking into a directory
+
+
+def test_inspect_says_what_is_there(tmp_path, capsys):
+    out = prepare(write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out")
+    capsys.readouterr()
+    assert fineweb.main(["--inspect", str(out)]) == 0
+    said = capsys.readouterr().out
+    for split in ("train", "val"):
+        shards = fineweb.open_shards(out, split)
+        n_tokens = sum(len(ids) for _, ids in shards)
+        texts = documents(out, split)
+        n_bytes = sum(len(text.encode()) for text in texts)
+        for part in (f"{len(shards)} shards", f"{n_tokens:,} tokens", f"{len(texts)} documents",
+                     f"{n_bytes / n_tokens:.3f} bytes a token"):  # fmt: skip
+            assert part in said
+    assert documents(out, "train")[0][:500] in said and "is whole" in said
+
+
+def rewrite(path: Path, change) -> None:
+    ids = np.load(path)
+    np.save(path, change(ids))
+
+
+def with_id(i):
+    return lambda ids: np.where(np.arange(len(ids)) == 5, i, ids).astype(ids.dtype)
+
+
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "with more at its end": lambda path: path.write_bytes(path.read_bytes() + b"a"),
+    "emptied": lambda path: path.write_bytes(b""),
+    "missing": lambda path: path.unlink(),
+    "shortened": lambda path: rewrite(path, lambda ids: ids[:-1]),
+    "of another type": lambda path: rewrite(path, lambda ids: ids.astype(np.int32)),
+    "with an id beyond the vocabulary": lambda path: rewrite(path, with_id(300)),
+    "with one more document": lambda path: rewrite(path, with_id(299)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_inspect_finds_a_shard(damage, tmp_path, capsys):
+    out = prepare(write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out")
+    DAMAGES[damage](out / "text_train_000002.npy")
+    capsys.readouterr()
+    assert fineweb.main(["--inspect", str(out)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_shards_made_elsewhere_can_be_opened_and_inspected(gpt2, tmp_path, capsys):
+    for name in ("edufineweb_train_000001", "val_000000"):
+        ids = [gpt2.eot_token, *gpt2.encode("Hello, I'm a language model,")]
+        np.save(tmp_path / f"{name}.npy", np.array(ids, dtype=np.uint16))
+    assert fineweb.main(["--inspect", str(tmp_path)]) == 0
+    assert "Hello, I'm a language model," in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "unfinished"])
+def test_a_directory_without_shards_is_refused(what, tmp_path):
+    if what != "missing":
+        (tmp_path / "data").mkdir()
+    if what == "unfinished":
+        np.save(tmp_path / "data/train_000000.npy", np.zeros(9, np.uint16))
+        (tmp_path / "data/progress.json").write_text("{}")
+    with pytest.raises(ValueError, match="no such folder|no shards|unfinished"):
+        fineweb.open_shards(tmp_path / "data", "train")
