@@ -165,8 +165,8 @@ class SampleConfig:
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
         data_dir="data/stdlib", n_layer=3, n_head=2, n_embd=128, block_size=128, seq_len=128,
-        total_batch_size=4096, micro_batch_size=32, max_steps=1200, warmup_steps=20, max_lr=1.5e-2,
-        min_lr_ratio=0.0, optimizer="muon", eval_every=300, checkpoint_every=300, val_tokens=2**20,
+        total_batch_size=4096, micro_batch_size=32, max_steps=1000, warmup_steps=20, max_lr=1.5e-2,
+        min_lr_ratio=0.0, optimizer="muon", eval_every=250, checkpoint_every=250, val_tokens=2**20,
         sample_prompt="def ", hellaswag="off",
     ),
     "gpt2": dict(),
@@ -531,11 +531,14 @@ class Muon(torch.optim.Optimizer):
             grad = torch.stack([p.grad for p in params])  # (n, rows, columns)
             average = self.state[params[0]].setdefault("average", torch.zeros_like(grad))
             average.lerp_(grad, 1 - momentum)
-            update = orthogonalize(grad.lerp(average, momentum).to(self.dtype))  # Nesterov: ahead
+            update = grad.lerp(average, momentum).to(self.dtype)  # Nesterov: one step ahead
+            rows, columns = grad.shape[1:]
+            if rows == 3 * columns:  # c_attn is three matrices; as one, 0.025 bits a byte worse
+                rows = columns
+            update = orthogonalize(update.view(-1, rows, columns)).reshape(grad.shape)
             for p, u in zip(params, update, strict=True):
-                p.mul_(1 - lr * group["weight_decay"]).add_(
-                    u, alpha=-0.2 * lr * max(p.shape) ** 0.5
-                )
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(u, alpha=-0.2 * lr * max(rows, columns) ** 0.5)
 
 
 def configure_optimizers(
