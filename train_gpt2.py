@@ -440,7 +440,7 @@ class GPT(nn.Module):
                 raise ValueError(str(problems))
             model.load_state_dict(transpose_conv1d(theirs.state_dict()))
         except Exception as e:  # the hub, safetensors and transformers each fail in their own ways
-            reason = (str(e) or repr(e)).strip().splitlines()[0]
+            reason = " ".join((str(e) or repr(e)).split())
             raise ValueError(
                 f"no GPT-2 from {name_or_path!r}: {reason} (what can be: gpt2, gpt2-medium,"
                 " gpt2-large, gpt2-xl, or a folder with config.json and model.safetensors)"
@@ -694,7 +694,12 @@ def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
         torch.cuda.set_device(local_rank)
         device = f"cuda:{local_rank}"
     if world_size > 1:
-        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+        # torchrun keeps one store over restarts; a restarted worker must not find in it the address
+        # that a peer had before it died: each start gets its own part of the store.
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+        backend = "gloo" if device == "cpu" else "nccl"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     if platform.libc_ver()[0] == "glibc":
         # glibc returns large freed buffers to the kernel, and each step faults their pages in
         # again: without this a 124M step on two cores takes 1.5 times as long.
@@ -825,7 +830,7 @@ def plot_log(log_dir: Path) -> None:
     from matplotlib.figure import Figure
 
     records = read_log(log_dir)
-    panels = {"loss, nats a token": ("loss", "val_loss")}
+    panels = {"training and validation loss, nats a token": ("loss", "val_loss")}
     if any("hellaswag_acc" in record for record in records):
         panels["HellaSwag, share of right answers"] = ("hellaswag_acc", "hellaswag_acc_norm")
     figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
@@ -865,9 +870,14 @@ def train(
     import hellaswag
 
     T, device, log_dir, master = cfg.seq_len, worker.device, Path(cfg.log_dir), worker.rank == 0
+    if T > model.config.block_size:
+        raise ValueError(f"seq_len={T} is more than block_size={model.config.block_size}")
     accumulation = cfg.micro_steps(worker.world_size)
     tokenizer = fineweb.load_tokenizer(cfg.data_dir)
     check_vocabulary(model.train(), tokenizer)
+    sample_texts(
+        model, tokenizer, worker, cfg.sample_prompt, 1, cfg.seed, max_new_tokens=0
+    )  # fits?
     where = (worker.rank, worker.world_size, cfg.seed, tokenizer.n_vocab)
     train_loader, val_loader = (
         DataLoaderLite(cfg.data_dir, split, cfg.micro_batch_size, T, *where)
@@ -905,9 +915,7 @@ def train(
         micro_step(0)
         model.zero_grad()
     peak = worker.matmul_rate()  # FLOP/s
-    flops = (
-        model.flops_per_token(T) * cfg.total_batch_size / worker.world_size
-    )  # a step, each worker
+    flops = model.flops_per_token(T) * cfg.total_batch_size / worker.world_size  # a worker's step
     if master:
         if tokenizer.name != "gpt2":
             fineweb.save_tokenizer(tokenizer, log_dir)
@@ -1117,13 +1125,14 @@ def run(flags: dict[str, Any]) -> None:
         return print_samples(flags)
     has_shards = any(Path(TrainConfig.data_dir).glob("*train_*.npy"))
     preset = flags.get("preset") or ("gpt2" if has_shards or "init" in flags else "quick")
-    if preset == "quick" and not flags.keys() & {"preset", "data_dir"}:
-        print(f"no shards in {TrainConfig.data_dir} (python fineweb.py makes them): preset quick")
     chosen = PRESETS[preset] | flags
     GPTConfig(**of(GPTConfig, chosen))  # a wrong value is an error now, not after preparing data
     cfg = TrainConfig(**of(TrainConfig, chosen) | {"log_dir": pick_log_dir(flags, preset)})
     cfg.micro_steps(int(os.environ.get("WORLD_SIZE", 1)))
     worker = start_worker(cfg.device, cfg.precision)
+    if preset == "quick" and not flags.keys() & {"preset", "data_dir"}:
+        where = TrainConfig.data_dir
+        worker.print(f"no shards in {where} (python fineweb.py makes them): preset quick")
     signals: list[int] = []
 
     def note(number: int, frame: Any) -> None:

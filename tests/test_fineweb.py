@@ -623,7 +623,7 @@ def test_ctrl_c_ends_with_130_and_one_sentence(tmp_path, monkeypatch, capsys):
 
 
 def interrupt(*args):
-    signal.raise_signal(signal.SIGINT)
+    raise KeyboardInterrupt
 
 
 # --------------------------------------------------------------------- Looking into a directory

@@ -484,7 +484,9 @@ def test_muon_steps_as_its_paper_says():
         for p, (weight, average) in expected.items():
             p.grad = torch.randn_like(p)
             average = 0.95 * average + 0.05 * p.grad
-            update = orthogonalize(0.05 * p.grad + 0.95 * average) * 0.2 * math.sqrt(max(p.shape))
+            ahead = 0.05 * p.grad + 0.95 * average
+            parts = ahead.chunk(3) if len(ahead) == 3 * ahead.size(1) else [ahead]  # q, k and v
+            update = torch.cat([orthogonalize(a) * 0.2 * math.sqrt(max(a.shape)) for a in parts])
             assert update.pow(2).mean().sqrt() == pytest.approx(0.2, rel=0.25)  # AdamW's
             expected[p] = weight * (1 - 0.01 * 0.1) - 0.01 * update, average
         for group in muon.param_groups:
