@@ -1,0 +1,675 @@
+"""The program from its command line to its files: processes started, stopped, killed, resumed."""
+
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, RUN, SHAPE, Bomb, assert_same, history, offline
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_gpt2
+from train_gpt2 import (
+    DataLoaderLite,
+    GPTConfig,
+    TrainConfig,
+    Worker,
+    evaluate,
+    list_checkpoints,
+    load_checkpoint,
+    load_model,
+    sample_texts,
+)
+
+pytestmark = pytest.mark.usefixtures("sandbox")
+posix = pytest.mark.skipif(os.name != "posix", reason="needs the signals of POSIX")
+FIELDS = [*dataclasses.fields(GPTConfig), *dataclasses.fields(TrainConfig)]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def flags(*more: str, shape=SHAPE, **values) -> list[str]:
+    """The command line of a tiny run."""
+    values = shape | RUN | dict(log_dir="log") | values
+    return [f"--{name}={value}" for name, value in values.items()] + list(more)
+
+
+def steps(log_dir="log") -> list[int]:
+    """Those that the log has, in its order."""
+    return [record["step"] for record in history(log_dir) if "loss" in record]
+
+
+def last_saved(log_dir="log") -> int:
+    return int(list_checkpoints(log_dir)[-1].stem[-6:])
+
+
+def assert_same_run(log_dir, other) -> None:
+    """The same log, and the same last checkpoint, to the bit."""
+    assert history(log_dir) == history(other)
+    ours, theirs = (load_checkpoint(list_checkpoints(d)[-1])[1] for d in (log_dir, other))
+    assert_same(ours["model"], theirs["model"])
+    for a, b in zip(ours["optimizers"], theirs["optimizers"], strict=True):
+        assert_same(a["state"], b["state"])
+
+
+def assert_close_run(log_dir, other) -> None:
+    """The same steps, the same losses within 1e-4."""
+    for a, b in zip(history(log_dir), history(other), strict=True):
+        keys = {"loss", "val_loss", "bits_per_byte"} & a.keys() & b.keys()
+        assert keys and a["step"] == b["step"]
+        assert [a[key] for key in keys] == pytest.approx([b[key] for key in keys], abs=1e-4)
+
+
+# ------------------------------------------------------------------- Processes of the program
+# A server that has imported the program forks a process for a run: in 30 ms, not in 3 seconds.
+
+
+def program(argv, output, environment, pause=0.0, die_after=0, file_limit=0):
+    """The program, in a process of its own.
+
+    pause: seconds before each micro-step. die_after: calls of any function, then it kills itself.
+    file_limit: the largest file that it can write, bytes.
+    """
+    os.environ.update(environment)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    Worker.matmul_rate, batch = lambda worker: 1e12, DataLoaderLite.batch
+    DataLoaderLite.batch = lambda loader, i: time.sleep(pause) or batch(loader, i)
+    if file_limit:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if die_after:
+        calls = itertools.count()
+        kill = [os.getpid(), signal.SIGKILL]
+        sys.setprofile(lambda *event: next(calls) == die_after and os.kill(*kill))
+    train_gpt2.main(argv)
+
+
+@pytest.fixture(scope="session")
+def start():
+    """Start the program: start(argv, …) -> its processes, by default one."""
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    slow = ["matplotlib.figure", "transformers.models.gpt2.modeling_gpt2"]
+    context.set_forkserver_preload(["test_program", *slow])
+    running = []
+
+    def start(argv, output="output.txt", world_size=1, **how):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        everyone = dict(WORLD_SIZE=world_size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        for rank in range(world_size):
+            environment = everyone | dict(RANK=rank, LOCAL_RANK=rank)
+            args = argv, output, {key: str(value) for key, value in environment.items()}
+            running.append(context.Process(target=program, args=args, kwargs=how))
+            running[-1].start()
+        return running[-world_size:]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield start
+    for process in running:
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def finish(start):
+    """Run the program to its end -> exit status and output."""
+
+    def finish(argv, **how):
+        Path("output.txt").unlink(missing_ok=True)
+        processes = start(argv, **how)
+        for process in processes:
+            process.join(300)
+        return processes[0].exitcode, Path("output.txt").read_text()
+
+    return finish
+
+
+@pytest.fixture(scope="session")
+def run_in(finish, tmp_path_factory):
+    """A function that runs the program in a new folder -> the run's directory."""
+
+    def run(argv):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder := tmp_path_factory.mktemp("run"))
+            code, output = finish(argv)
+        assert code == 0, output
+        return folder / "log"
+
+    return run
+
+
+LONG = dict(max_steps=40, eval_every=16, checkpoint_every=8, dropout=0.1)
+
+
+@pytest.fixture(scope="session")
+def whole(run_in, data_dir):
+    """The directory of a run that was never stopped."""
+    return run_in(flags(**LONG, data_dir=data_dir))
+
+
+SHARED = dict(max_steps=20, eval_every=10, checkpoint_every=4, micro_batch_size=2, precision="fp32")
+
+
+@pytest.fixture(scope="session")
+def finished(run_in, data_dir):
+    """The directory of a run in fp32, which one process made."""
+    return run_in(flags(**SHARED, data_dir=data_dir))
+
+
+def wait_for(step) -> None:
+    """Until so many steps are logged, for a minute of waiting at most."""
+    for _ in range(6000):
+        if len(steps()) >= step:
+            return
+        time.sleep(0.01)
+    pytest.fail(Path("output.txt").read_text())
+
+
+def stop(process, *signals) -> int:
+    """Send signals to a running process -> the number of steps logged by then."""
+    os.kill(process.pid, signal.SIGSTOP)
+    logged = len(steps())
+    for signum in signals:
+        os.kill(process.pid, signum)
+    os.kill(process.pid, signal.SIGCONT)
+    process.join(300)
+    return logged
+
+
+@posix
+@pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGINT", 130), ("SIGKILL", -9)])
+def test_a_run_that_a_signal_ended_goes_on_as_if_it_never_had(
+    name, status, start, finish, whole, data_dir
+):
+    argv = flags("--resume", **LONG, data_dir=data_dir)
+    (process,) = start(argv, pause=0.02)
+    wait_for(11)
+    logged = stop(process, getattr(signal, name))
+    assert process.exitcode == status
+    if name == "SIGKILL":
+        assert 0 <= logged - last_saved() <= 8
+    else:  # the step in progress is saved, or the next where that one was done
+        assert last_saved() == len(steps()) and last_saved() - logged in (0, 1, 2)
+    resumed = f"resumed at step {last_saved()}"
+    code, output = finish(argv)
+    assert code == 0 and resumed in output, output
+    assert_same_run("log", whole)
+
+
+@posix
+def test_a_sigterm_that_comes_twice_saves_too(start, data_dir):
+    """Schedulers send it to every process, and torchrun then once more to its own."""
+    (process,) = start(flags(**LONG, data_dir=data_dir), pause=0.02)
+    wait_for(11)
+    stop(process, signal.SIGTERM, signal.SIGTERM)
+    assert process.exitcode == 143 and last_saved() == len(steps())
+
+
+@posix
+def test_a_run_killed_at_twenty_random_moments_is_bit_identical_to_one_never_killed(
+    finish, whole, data_dir
+):
+    """While it starts, resumes, trains, evaluates, samples, writes a checkpoint or the log."""
+    argv, rng = flags("--resume", **LONG, data_dir=data_dir), random.Random(0)
+    code, kills, recomputed = -9, 0, []
+    while code == -9:
+        done = len(steps())
+        code, output = finish(argv, die_after=rng.randrange(600_000) if kills < 20 else 0)
+        kills += code == -9
+        if at := re.search("(?:resumed|starts) at step (\\d+)", output):
+            recomputed.append(done - int(at[1]))
+        assert steps() == list(range(len(steps()))) and "Traceback" not in output
+    assert (code, kills) == (0, 20) and 0 < max(recomputed) <= 8
+    assert_same_run("log", whole)
+
+
+@posix
+def test_a_run_goes_on_with_another_number_of_processes(start, finish, finished, data_dir):
+    """Two, then one, then four, then two: the same tokens in the same order."""
+    argv = flags("--resume", **SHARED, data_dir=data_dir)
+    for step, world_size in [(3, 2), (7, 1), (13, 4)]:
+        processes = start(argv, world_size=world_size, pause=0.04)
+        wait_for(step)
+        stop(processes[0], signal.SIGTERM)
+        for process in processes:
+            process.join(300)
+        assert [process.exitcode for process in processes] == [143] * world_size
+    code, output = finish(argv, world_size=2)
+    assert code == 0 and "2 workers" in output, output
+    assert_close_run("log", finished)
+
+
+@posix
+def test_a_full_disk_ends_no_run_and_leaves_no_part_of_a_file(finish, data_dir):
+    """No file can be larger than a fifth of a checkpoint."""
+    code, output = finish(flags(data_dir=data_dir), file_limit=100_000)
+    assert output.count("WARNING: cannot write log/checkpoint_") == 3 and "Traceback" not in output
+    assert len(steps()) == 12 and not list(Path("log").glob("checkpoint_*"))
+    assert code == 1 and output.splitlines()[-1].startswith("error: ")  # hf/ is its very result
+
+
+# ------------------------------------------------------------------------------------ torchrun
+
+SCRIPT = """
+import os, signal, time, train_gpt2
+batch = train_gpt2.DataLoaderLite.batch
+
+def before_batch(loader, i):
+    {}
+    return batch(loader, i)
+
+train_gpt2.DataLoaderLite.batch = before_batch
+train_gpt2.main()
+"""
+FIRST = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
+DIE = f"if i == 22 and loader.rank == 1 and {FIRST}: os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.fixture
+def torchrun():
+    """Start the program in two processes that do something before each micro-step."""
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+    def torchrun(before_batch, argv):
+        Path("script.py").write_text(SCRIPT.format(before_batch))
+        command.extend(["--max-restarts=3", "script.py", *argv])
+        with open("output.txt", "w") as output:
+            return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+
+    return torchrun
+
+
+@posix
+def test_two_workers_one_of_which_dies_and_is_restarted_have_the_losses_of_one_process(
+    torchrun, finished, data_dir
+):
+    running = torchrun(DIE, flags("--resume", **SHARED, data_dir=data_dir))
+    assert running.wait(300) == 0
+    output = Path("output.txt").read_text()
+    assert "starts at step 0" in output and "resumed at step 8" in output
+    assert_close_run("log", finished)
+
+
+@posix
+def test_sigterm_to_torchrun_saves_a_checkpoint(torchrun, finish, finished, data_dir):
+    argv = flags("--resume", **SHARED, data_dir=data_dir)
+    running = torchrun("time.sleep(0.05)", argv)
+    wait_for(1)
+    running.terminate()
+    running.wait(300)
+    saved = last_saved()
+    assert saved == len(steps()) < 20
+    code, output = finish(argv)
+    assert code == 0 and f"resumed at step {saved}" in output, output
+    assert_close_run("log", finished)
+
+
+# ----------------------------------------------------------------------------- As a user has it
+
+
+def python(folder, *argv) -> str:
+    """Run the program with these arguments -> what it prints."""
+    command = [sys.executable, str(ROOT / "train_gpt2.py"), *argv]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory):
+    """The folder where the one command ran, shortened, and what it printed."""
+    folder = tmp_path_factory.mktemp("quick")
+    argv = "--max_steps=3 --val_tokens=4096 --n_layer=1 --n_embd=48".split()
+    return folder, python(folder, *argv)
+
+
+def test_the_one_command_needs_no_data_and_no_flag(quick):
+    folder, output = quick
+    lines = output.splitlines()
+    assert "preset quick" in lines[0] and (folder / "data/stdlib/meta.json").exists()
+    assert {path.name for path in (folder / "log/quick").iterdir()} == {
+        "log.jsonl", "loss.png", "encoder.json", "vocab.bpe", "checkpoint_000003.pt", "hf",
+    }  # fmt: skip
+    assert (folder / "log/quick/loss.png").read_bytes().startswith(PNG)
+    (first, *others) = (line for line in lines if re.match(r"\d/3 \| loss ", line))
+    assert len(others) == 2
+    for words in (" lr ", " norm ", " ms ", " tok/s ", " of matmul ", " left"):
+        assert words in first
+    assert sum(line.startswith(("  'def ", '  "def ')) for line in lines) == 2 * 4  # samples
+    for words in ("cpu", "float", "compile", "fused", "parameters", "val_loss", "bits_per_byte"):
+        assert words in output
+
+
+def test_the_newest_run_continues_a_prompt(quick):
+    folder, _ = quick
+    argv = ["--generate=def main(", "--n=2", "--max_new_tokens=9", "--precision=fp32"]
+    model, tokenizer = load_model(folder / "log/quick")
+    how = dict(n=2, seed=TrainConfig.seed, max_new_tokens=9, top_k=50)
+    texts = sample_texts(model, tokenizer, Worker(), "def main(", **how)
+    assert python(folder, *argv) == "".join(f"{text}\n\n" for text in texts)
+
+
+QUIET = """
+import os, signal, sys, torch
+def state():
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    rng, threads = torch.get_rng_state().tolist(), torch.get_num_threads()
+    return os.listdir(), handlers, rng, threads, torch.get_float32_matmul_precision()
+before = state()
+import train_gpt2
+assert state() == before and not torch.distributed.is_initialized()
+print("imported", flush=True)
+try:
+    train_gpt2.main(["--help"])
+finally:
+    heavy = {"transformers", "datasets", "tokenizers", "matplotlib", "pandas"} & sys.modules.keys()
+    assert not heavy, heavy
+"""
+
+
+def test_importing_does_nothing_and_help_names_every_field_and_loads_nothing_heavy():
+    environment = os.environ | dict(PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-c", QUIET]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("imported\nusage: ")
+    text = " ".join(done.stdout.split())
+    for field in FIELDS:
+        assert f"--{field.name} " in text and field.metadata["help"] in text
+    for flag in ("preset", "resume", "generate", "n", "temperature", "top_k", "top_p"):
+        assert f"--{flag} " in text
+
+
+# -------------------------------------------------------------- The command line, in this process
+
+
+@pytest.fixture
+def generate(capsys):
+    """What the program prints with --generate."""
+
+    def generate(*argv):
+        capsys.readouterr()
+        train_gpt2.main(["--generate=the ", "--max_new_tokens=9", "--precision=fp32", *argv])
+        return capsys.readouterr().out
+
+    return generate
+
+
+def test_samples_come_from_a_run_a_checkpoint_or_a_folder(finished, generate):
+    first, *_, newest = list_checkpoints(finished)
+    texts = [generate(f"--init={name}") for name in (finished, newest, finished / "hf", first)]
+    assert texts[0].startswith("the ") and len(texts[0]) > 8
+    assert texts[0] == texts[1] == texts[2] != texts[3]
+
+
+def test_without_a_name_samples_come_from_the_newest_run(finished, generate):
+    for i, name in enumerate("bac"):
+        Path("log", name).mkdir(parents=True)
+        for path in (*finished.glob("*.bpe"), *finished.glob("*.json")):
+            shutil.copy(path, f"log/{name}")
+        shutil.copy(list_checkpoints(finished)[name == "a"], f"log/{name}")
+        os.utime(list_checkpoints(f"log/{name}")[0], (1e9 + i % 2, 1e9 + i % 2))
+    assert generate() == generate("--init=log/a") != generate("--init=log/b")
+
+
+def test_samples_obey_their_flags(finished, generate):
+    init = f"--init={finished}"
+    greedy = generate(init, "--temperature=0")
+    assert greedy == generate(init, "--top_k=1") == generate(init, "--top_p=1e-9", "--seed=5")
+    assert generate(init) == generate(init) != generate(init, "--seed=5")
+    assert len(set(generate(init, "--n=3", "--temperature=3").split("\n\n"))) == 3 + 1
+    assert len(generate(init, "--max_new_tokens=1")) < len(generate(init, "--max_new_tokens=20"))
+
+
+def test_each_run_gets_a_directory_and_resume_takes_the_last(data_dir, capsys):
+    argv = [flag for flag in flags("--preset=quick", data_dir=data_dir) if "log_dir" not in flag]
+    for name in ("quick", "quick-2"):
+        train_gpt2.main([*argv, "--max_steps=1"])
+        assert steps(f"log/{name}") == [0]
+    train_gpt2.main([*argv, "--max_steps=2", "--resume"])
+    assert "resumed at step 1" in capsys.readouterr().out
+    assert (steps("log/quick"), steps("log/quick-2")) == ([0], [0, 1])
+    assert sorted(path.name for path in Path("log").iterdir()) == ["quick", "quick-2"]
+
+
+@pytest.mark.parametrize("pattern", [".", "checkpoint_000020.pt", "hf"])
+def test_training_starts_from_the_weights_that_init_names(pattern, finished, data_dir):
+    init = finished / pattern
+    train_gpt2.main(
+        flags(
+            "--dropout=0.1", shape={}, data_dir=data_dir, max_steps=1, init=init, precision="fp32"
+        )
+    )
+    model, tokenizer = load_model(init)
+    loader = DataLoaderLite(data_dir, "val", 8, 32)
+    expected, _ = evaluate(model, loader, RUN["val_tokens"], tokenizer)
+    assert history("log")[0]["val_loss"] == pytest.approx(expected, abs=1e-5)
+    assert load_model("log")[0].config == dataclasses.replace(model.config, dropout=0.1)
+
+
+def test_a_shorter_context_keeps_the_first_positions(finished, data_dir):
+    how = dict(block_size=16, seq_len=16, max_lr=1e-12, max_steps=1)
+    train_gpt2.main(flags(init=finished, data_dir=data_dir, **how))
+    old, new = (load_model(d)[0].transformer.wpe.weight for d in (finished, "log"))
+    torch.testing.assert_close(new, old[:16])
+
+
+# ----------------------------------------------------------------------------------- Bad input
+
+
+def fails(argv, *words) -> None:
+    """The program ends with one line that has these words, and has begun no run."""
+    with pytest.raises(SystemExit) as error:
+        train_gpt2.main(list(map(str, argv)))
+    message = error.value.code
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
+    assert all(re.search(word, message) for word in words), message
+    assert not [path for path in Path("log").rglob("*") if path.is_file()]
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--preset=gpt3", ["gpt3", "gpt2-medium"]),
+    ("--layers=3", ["--layers", "--help"]),
+    ("--n_lay=3", ["--n_lay"]),
+    ("--n_layer", ["n_layer"]),
+    ("--n_layer=three", ["n_layer", "three"]),
+    ("--n_layer=-1", ["n_layer=-1"]),
+    ("--n_embd=1152921504606846976", ["n_embd=1152921504606846976"]),
+    ("--n_embd=33", ["n_embd=33", "n_head=2"]),
+    ("--n_head=0", ["n_head=0"]),
+    ("--bias=maybe", ["bias"]),
+    ("--dropout=1", ["dropout=1"]),
+    ("--optimizer=sgd", ["optimizer", "sgd", "adamw"]),
+    ("--max_lr=nan", ["max_lr=nan"]),
+    ("--max_steps=0", ["max_steps=0"]),
+    ("--total_batch_size=1000", ["total_batch_size=1000", "nearest is 1024"]),
+    ("--seq_len=64", ["seq_len=64", "block_size=32"]),
+    ("--sample_prompt=", ["prompt"]),
+    ("--sample_prompt=" + "the " * 50, ["prompt", "32"]),
+    ("--vocab_size=256", ["vocab_size=256", "300"]),
+    ("--vocab_size=512", ["vocab_size=512", "300"]),
+    ("--log_dir=file/log", ["file"]),
+    ("--log_dir=file", ["file"]),
+    ("surprise", ["surprise"]),
+])  # fmt: skip
+def test_a_wrong_flag_is_one_clear_line(flag, words, data_dir):
+    Path("file").touch()
+    fails(flags(flag, data_dir=data_dir), *words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what it asks for")
+def test_a_device_that_is_not_there_is_one_clear_line(data_dir):
+    fails(flags(data_dir=data_dir, device="cuda"), "device=.?cuda")
+
+
+def test_a_directory_that_holds_a_run_is_not_overwritten(finished, data_dir):
+    shutil.copytree(finished, "run")
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    fails(flags(data_dir=data_dir, log_dir="run"), "log_dir=run holds a run: --resume goes on")
+    assert before == {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+
+
+def test_resuming_a_model_of_another_shape_is_one_clear_line(finished, data_dir):
+    before = Path(shutil.copytree(finished, "run"), "log.jsonl").read_bytes()
+    argv = flags("--resume", data_dir=data_dir, log_dir="run", n_layer=1)
+    fails(argv, "checkpoint_000020.pt", "n_layer=2", "n_layer=1")
+    assert Path("run/log.jsonl").read_bytes() == before
+
+
+def numbers(array, **how):
+    """A function that writes this array as a shard."""
+    return lambda path: np.save(path, array, **how)
+
+
+def claim(*shape):
+    """A function that writes a shard which says to be of another size than it is."""
+
+    def write(path):
+        with open(path, "wb") as file:
+            header = dict(descr="<u2", fortran_order=False, shape=shape)
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(bytes(1000))
+
+    return write
+
+
+BAD_SHARDS = {
+    "truncated": (claim(501), ""),
+    "longer than it says": (claim(499), ""),
+    "claims 2^60 tokens": (claim(2**60), ""),
+    "claims a negative size": (claim(-5), ""),
+    "an empty file": (Path.touch, ""),
+    "text": (lambda path: path.write_text("the " * 100), ""),
+    "int64": (numbers(np.ones(500, np.int64)), "int64"),
+    "two-dimensional": (numbers(np.ones((50, 50), np.uint16)), "50, 50"),
+    "objects that would run": (numbers(np.array([Bomb()] * 500), allow_pickle=True), ""),
+    "an id beyond the vocabulary": (numbers(np.full(500, 300, np.uint16)), "id 300 .*300"),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("write, words", BAD_SHARDS.values(), ids=BAD_SHARDS)
+def test_a_bad_shard_among_good_ones_is_one_clear_line_that_names_it(write, words, split, data_dir):
+    shutil.copytree(data_dir, "data")
+    write(Path(f"data/x_{split}_1.npy"))
+    argv = flags(data_dir="data", max_steps=100, eval_every=99, val_tokens=10**6)
+    with pytest.raises(SystemExit, match=rf"^error: .*x_{split}_1\.npy.*{words}.*$"):
+        train_gpt2.main(argv)
+    assert not Path("exploded").exists()
+
+
+def remove(pattern):
+    return lambda folder: [path.unlink() for path in folder.glob(pattern)]
+
+
+BAD_DIRECTORIES = {
+    "missing": (shutil.rmtree, "data.*no such folder.*fineweb.py"),
+    "empty": (remove("*"), "data.*no shards"),
+    "without validation": (remove("*_val_*"), "data.*val"),
+    "without training": (remove("*_train_*"), "data.*train"),
+    "unfinished": (lambda folder: (folder / "progress.json").touch(), "data.*unfinished"),
+    "half a tokenizer": (remove("vocab.bpe"), "vocab.bpe"),
+    "shorter than a window": (
+        lambda folder: [np.save(path, np.ones(32, np.uint16)) for path in folder.glob("*.npy")],
+        "data.*train.*33 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage, words", BAD_DIRECTORIES.values(), ids=BAD_DIRECTORIES)
+def test_a_bad_data_directory_is_one_clear_line(damage, words, data_dir, monkeypatch):
+    """Also where GPT-2's tokenizer, which a directory without its own would need, is not here."""
+    monkeypatch.setattr("tiktoken.get_encoding", offline)
+    damage(Path(shutil.copytree(data_dir, "data")))
+    fails(flags(data_dir="data"), words)
+
+
+def test_a_preset_without_its_data_is_an_error_and_no_silent_fall_back(monkeypatch):
+    monkeypatch.setattr("tiktoken.get_encoding", offline)
+    fails(["--preset=gpt2"], "edu_fineweb10B.*fineweb.py")
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--generate=", "prompt"),
+    ("--generate=" + "the " * 50, "prompt.*32"),
+    ("--n=0", "n=0"),
+    ("--n=-1", "n=-1"),
+    ("--max_new_tokens=-1", "max_new_tokens=-1"),
+    ("--temperature=-1", "temperature=-1"),
+    ("--temperature=nan", "temperature=nan"),
+    ("--top_k=0", "top_k=0"),
+    ("--top_k=-3", "top_k=-3"),
+    ("--top_p=0", "top_p=0"),
+    ("--top_p=2", "top_p=2"),
+    ("--init=log/none", "log/none"),
+    ("--init=missing.pt", "missing.pt"),
+    ("--init=", "no run in log/"),
+])  # fmt: skip
+def test_a_wrong_wish_for_samples_is_one_clear_line(flag, words, finished, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    fails(["--generate=the ", f"--init={finished}", "--precision=fp32", flag], words)
+
+
+@pytest.mark.parametrize("shape, words", [
+    (dict(n_layer=3), ["n_layer=2", "n_layer.*3"]),
+    (dict(block_size=64), ["block_size=32", "block_size.*64"]),
+    (dict(vocab_size=300), ["vocab_size=384", "vocab_size.*300"]),
+])  # fmt: skip
+def test_weights_that_cannot_become_what_is_asked_are_one_clear_line(
+    shape, words, finished, data_dir
+):
+    fails(flags(data_dir=data_dir, init=finished, **shape), "init=", *words)
+
+
+def test_weights_of_another_tokenizer_are_one_clear_line(finished, quick, data_dir):
+    argv = flags(data_dir=quick[0] / "data/stdlib", init=finished)
+    fails(argv, "init=.*tokenizer.*data_dir=")
+
+
+def test_poisoned_weights_stop_at_their_step_in_one_clear_line(finished, data_dir):
+    shutil.copytree(finished, "poisoned")
+    newest = list_checkpoints("poisoned")[-1]
+    state = load_checkpoint(newest)[1]
+    state["model"]["transformer.ln_f.bias"][0] = torch.nan
+    torch.save(state, newest)
+    with pytest.raises(SystemExit, match=r"^error: step 0: .*nan.*$"):
+        train_gpt2.main(flags(data_dir=data_dir, init="poisoned"))
+    assert not list_checkpoints("log")
+
+
+def test_a_rate_so_high_that_training_diverges_is_one_clear_line(data_dir):
+    how = dict(max_lr=1000, grad_clip=0, optimizer="adamw", max_steps=60, eval_every=1)
+    with pytest.raises(SystemExit, match=r"^error: step \d+: .*--max_lr"):
+        train_gpt2.main(flags(data_dir=data_dir, precision="fp32", **how))
+
+
+ANY = st.one_of(
+    st.integers(-(2**70), 2**70), st.integers(-3, 3), st.floats(), st.text(max_size=20),
+    st.sampled_from(["", "on", "None", "1e3", "0x10", "١٢", "inf", "-", "gpt2", "fp16"]),
+)  # fmt: skip
+NAMES = {field.name for field in FIELDS} | {"preset", "n", "top_k", "generate"}
+
+
+@given(st.dictionaries(st.sampled_from(sorted(NAMES - {"log_dir", "init"})), ANY, max_size=4))
+def test_any_flags_without_data_end_in_one_clear_line(values):
+    fails(["--data_dir=missing", *(f"--{k}={v}" for k, v in values.items()), "--data_dir=missing"])
