@@ -1146,7 +1146,9 @@ def run(flags: dict[str, Any]) -> None:
 
     def note(number: int, frame: Any) -> None:
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C does not wait for a checkpoint
+        # A second Ctrl-C does not wait for a checkpoint. SIGTERM may come twice by itself, from the
+        # scheduler and from torchrun.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)

@@ -183,14 +183,12 @@ def wait_for(step) -> None:
     pytest.fail(Path("output.txt").read_text())
 
 
-def stop(process, *signals) -> int:
-    """Send signals to a running process -> the number of steps logged by then."""
+def stop(process, signum) -> int:
+    """Send a signal to a running process -> the number of steps logged by then."""
     os.kill(process.pid, signal.SIGSTOP)
     logged = len(steps())
-    for signum in signals:
-        os.kill(process.pid, signum)
+    os.kill(process.pid, signum)
     os.kill(process.pid, signal.SIGCONT)
-    process.join(300)
     return logged
 
 
@@ -203,6 +201,7 @@ def test_a_run_that_a_signal_ended_goes_on_as_if_it_never_had(
     (process,) = start(argv, pause=0.02)
     wait_for(11)
     logged = stop(process, getattr(signal, name))
+    process.join(300)
     assert process.exitcode == status
     if name == "SIGKILL":
         assert 0 <= logged - last_saved() <= 8
@@ -215,11 +214,14 @@ def test_a_run_that_a_signal_ended_goes_on_as_if_it_never_had(
 
 
 @posix
-def test_a_sigterm_that_comes_twice_saves_too(start, data_dir):
+def test_a_sigterm_that_comes_more_than_once_saves_too(start, data_dir):
     """Schedulers send it to every process, and torchrun then once more to its own."""
     (process,) = start(flags(**LONG, data_dir=data_dir), pause=0.02)
     wait_for(11)
-    stop(process, signal.SIGTERM, signal.SIGTERM)
+    for _ in range(3):
+        stop(process, signal.SIGTERM)
+        time.sleep(0.01)
+    process.join(300)
     assert process.exitcode == 143 and last_saved() == len(steps())
 
 
@@ -288,14 +290,19 @@ def torchrun():
     """Start the program in two processes that do something before each micro-step."""
     environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    running = []
 
     def torchrun(before_batch, argv):
         Path("script.py").write_text(SCRIPT.format(before_batch))
         command.extend(["--max-restarts=3", "script.py", *argv])
         with open("output.txt", "w") as output:
-            return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+            running.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+        return running[0]
 
-    return torchrun
+    yield torchrun
+    for process in running:
+        process.terminate()  # and with it its workers
+        process.wait(60)
 
 
 @posix

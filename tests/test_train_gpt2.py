@@ -673,6 +673,12 @@ def test_the_newest_two_checkpoints_stay_and_every_tenth(tmp_path):
     assert steps == [50, 100, 105, 112]
 
 
+def test_checkpoints_are_listed_by_their_steps(tmp_path):
+    for step in (1_000_000, 999_999, 5):
+        (tmp_path / f"checkpoint_{step:06d}.pt").touch()
+    assert [int(path.stem[11:]) for path in list_checkpoints(tmp_path)] == [5, 999_999, 1_000_000]
+
+
 @contextlib.contextmanager
 def full_disk(room):
     """No file can be larger than this."""
@@ -870,6 +876,17 @@ def test_resuming_from_a_damaged_checkpoint_falls_back_loudly_to_the_one_before(
     assert "WARNING" in err and newest.name in err and "resumed at step 8" in out
     assert history(log_dir) == history(run)
     assert_same(weights(log_dir), weights(run))
+
+
+def test_where_no_checkpoint_is_whole_resuming_is_an_error_that_leaves_the_log(
+    run, data_dir, tmp_path
+):
+    log_dir = shutil.copytree(run, tmp_path / "log")
+    for path in list_checkpoints(log_dir):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of its checkpoints is whole"):
+        begin(log_dir, data_dir, resume=True, shape=dict(dropout=0.1))
+    assert history(log_dir) == history(run)
 
 
 DROPOUT = dict(shape=dict(dropout=0.1))

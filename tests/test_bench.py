@@ -1,0 +1,129 @@
+"""That bench.py's contenders do the same work, take turns, and fill the table."""
+
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+import fineweb
+import hellaswag
+from train_gpt2 import GPTConfig, TrainConfig, Worker
+
+WORKER = Worker()  # fp32: what is equal is equal to six digits
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=1024, vocab_size=384)
+KINDS = ("ours", "transformers", "plain")
+
+
+@pytest.fixture
+def data(sandbox, data_dir):
+    return shutil.copytree(data_dir, sandbox / "stdlib")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """All sections within seconds: small shapes, contenders in this process, no training runs."""
+    small = dict(CONFIG=CONFIG, STEP=(2, 16), BIG_STEP=(2, 32), NEW_TOKENS=8, STRIDE=4, EXAMPLES=3)
+    for name, value in small.items():
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(bench.subprocess, "run", lambda *args, **options: None)
+
+    def race(contenders, rounds=3):
+        started = {name: contender() for name, contender in contenders.items()}
+        return {name: [next(turns) for _ in range(rounds)] for name, turns in started.items()}
+
+    def run_quick(data, processes=1, optimizer="muon", max_lr=1e-2, seed=1, **flags):
+        speed = max_lr * seed if optimizer == "adamw" else 2e-2
+        steps = [dict(step=i, ms=100.0, tok_per_s=1000.0 + i) for i in range(20)]
+        return steps + [dict(step=i, val_loss=8 - speed * i) for i in range(0, 21, 5)]
+
+    monkeypatch.setattr(bench, "race", race)
+    monkeypatch.setattr(bench, "run_quick", run_quick)
+
+
+def test_all_three_kinds_have_the_same_loss(data):
+    cfg = TrainConfig(micro_batch_size=4, seq_len=32)
+    steps = [bench.make_step(kind, WORKER, data, CONFIG, cfg, compiled=False) for kind in KINDS]
+    losses = [step() for step in steps]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+    assert steps[0]() != losses[0]  # the weights have moved, and the batch is another
+
+
+def test_the_plain_way_generates_what_ours_does():
+    model = bench.build("ours", CONFIG, WORKER.device).eval()
+    idx = torch.randint(CONFIG.vocab_size, (3, 8))
+    with torch.no_grad():
+        plain = bench.plain_generate(model, idx, 24, k=1)
+    assert torch.equal(plain, model.generate(idx, 24, temperature=0))
+
+
+def test_a_stride_makes_as_many_tokens():
+    model, idx = bench.build("plain", CONFIG, WORKER.device), torch.zeros(2, 8, dtype=torch.long)
+    with torch.no_grad():
+        assert bench.plain_generate(model, idx, 24, stride=6).shape == (2, 32)
+
+
+def test_the_plain_way_scores_hellaswag_as_ours_does(data, tiny, monkeypatch):
+    monkeypatch.setattr(bench, "EXAMPLES", 12)
+    model, tokenizer = (
+        bench.build("ours", CONFIG, WORKER.device).eval(),
+        fineweb.load_tokenizer(data),
+    )
+    args = (model, tokenizer, bench.make_examples(data), WORKER)
+    accuracies = [
+        evaluate(*args)["hellaswag_acc_norm"]
+        for evaluate in (hellaswag.evaluate, bench.plain_hellaswag)
+    ]
+    assert accuracies[0] == pytest.approx(accuracies[1]) and 0 < accuracies[0] < 1
+
+
+def test_the_plain_way_makes_shards_of_the_same_tokens(sandbox, gpt2):
+    path = sandbox / "documents.jsonl"
+    path.write_text("".join(f'{{"text": "The {i}th document is short."}}\n' for i in range(100)))
+    tokens = []
+    for prepare in (fineweb.prepare_files, bench.plain_shards):
+        folder = sandbox / prepare.__name__
+        folder.mkdir()
+        prepare([str(path)], str(folder))
+        shards = [np.load(shard) for shard in folder.glob("*.npy")]
+        tokens.append(np.sort(np.concatenate(shards)))
+    assert np.array_equal(*tokens)
+
+
+def clock():
+    while True:
+        yield dict(process=os.getpid(), began=time.time())
+
+
+def test_contenders_take_turns_in_processes_of_their_own():
+    results = bench.race(dict(ours=clock, plain=clock), rounds=2)
+    first, second = results.values()
+    assert len({turn["process"] for turn in first + second} - {os.getpid()}) == 2
+    times = [turn["began"] for turns in zip(first, second, strict=True) for turn in turns]
+    assert times == sorted(times)
+
+
+@pytest.mark.parametrize(
+    "name", ["step", "memory", "generate", "hellaswag", "quick", "growth", "costs", "long"]
+)
+def test_a_section_fills_rows_of_the_table(name, data, tiny, capsys):
+    getattr(bench, f"bench_{name}")(WORKER, data)
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) >= 1 and all(row.count("|") == 8 for row in rows), rows
+    assert not any("nan" in row for row in rows)
+
+
+def test_the_cell_of_a_faster_contender_has_a_ratio_above_one(capsys):
+    turns = dict(ours=[dict(rate=r) for r in (190, 200, 210)], plain=[dict(rate=100.0)])
+    bench.compare("speed", turns)
+    assert capsys.readouterr().out == "| speed | 200 ±5% |  | 100 |  | 2.00 |  |\n"
+
+
+def test_a_section_that_does_not_exist_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["stpe"])
+    assert "no section stpe" in capsys.readouterr().err
