@@ -231,7 +231,7 @@ def score(
     """Each ending's loss, nats (N, 4); whether the answer is right by acc and by acc_norm (N, 2);
     and how many examples were longer than block_size. batch_tokens bounds the memory."""
     # A CPU is fastest where activations stay in its caches, a GPU where all of it has work.
-    batch_tokens = batch_tokens or (2**10 if worker.device.type == "cpu" else 2**14)
+    batch_tokens = batch_tokens or (2**9 if worker.device.type == "cpu" else 2**14)
     questions = [render_example(example, tokenizer, harness) for example in examples]
     labels = torch.tensor([[example["label"]] for example in examples])  # (N, 1)
     lengths = torch.tensor([question.lengths for question in questions])  # (N, 4)
@@ -297,7 +297,7 @@ def run(argv: Sequence[str] | None) -> None:
     add("--model", default="gpt2", help="gpt2[-medium|-large|-xl], a folder or a checkpoint (gpt2)")
     add("--data", default="val", metavar="FILE.jsonl", help="examples (the validation split)")
     add("--limit", type=int, help="only so many of them, the first")
-    add("--batch_tokens", type=int, help="at once; bounds the memory (1024 on a CPU, else 16384)")
+    add("--batch_tokens", type=int, help="at once; bounds the memory (512 on a CPU, else 16384)")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     add("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
     args = parser.parse_args(argv)
