@@ -11,7 +11,7 @@ import torch
 import bench
 import fineweb
 import hellaswag
-from train_gpt2 import GPTConfig, TrainConfig, Worker
+from train_gpt2 import PRESETS, GPTConfig, TrainConfig, Worker
 
 WORKER = Worker()  # fp32: what is equal is equal to six digits
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=1024, vocab_size=384)
@@ -29,6 +29,8 @@ def tiny(monkeypatch):
     small = dict(CONFIG=CONFIG, STEP=(2, 16), BIG_STEP=(2, 32), NEW_TOKENS=8, STRIDE=4, EXAMPLES=3)
     for name, value in small.items():
         monkeypatch.setattr(bench, name, value)
+    cfg = TrainConfig(micro_batch_size=2, seq_len=16)
+    monkeypatch.setattr(bench, "quick", lambda data: (CONFIG, cfg))
     monkeypatch.setattr(torch, "compile", lambda model: model)
     monkeypatch.setattr(bench.subprocess, "run", lambda *args, **options: None)
 
@@ -59,6 +61,12 @@ def test_the_plain_way_generates_what_ours_does():
     with torch.no_grad():
         plain = bench.plain_generate(model, idx, 24, k=1)
     assert torch.equal(plain, model.generate(idx, 24, temperature=0))
+
+
+def test_the_quick_recipe_is_the_preset(data):
+    config, cfg = bench.quick(data)
+    assert config.n_embd == PRESETS["quick"]["n_embd"] and config.vocab_size == 384
+    assert cfg.max_lr == PRESETS["quick"]["max_lr"] and cfg.optimizer == "muon"
 
 
 def test_a_stride_makes_as_many_tokens():
