@@ -236,9 +236,9 @@ def score(
     labels = torch.tensor([[example["label"]] for example in examples])  # (N, 1)
     lengths = torch.tensor([question.lengths for question in questions])  # (N, 4)
     nats, right = torch.zeros(len(examples), 4, dtype=torch.float64), torch.zeros(len(examples), 2)
-    block_size, was_training, name = model.config.block_size, model.training, NAMES[harness]
-    model.eval()
-    with worker.autocast(), tqdm(desc=name, total=len(examples), disable=not progress) as bar:
+    block_size = model.config.block_size
+    bar = tqdm(desc=NAMES[harness], total=len(examples), disable=not progress)
+    with worker.autocast(), model.inference(worker.dtype, batch_tokens), bar:
         for batch in make_batches(questions, block_size, batch_tokens):
             losses, numbers = token_losses(model, batch, tokenizer.n_vocab)
             nats.view(-1).index_add_(0, numbers.cpu(), losses.cpu().double())
@@ -246,7 +246,6 @@ def score(
             done = nats.all(dim=1)
             bar.update(int(done.sum()) - bar.n)
             bar.set_postfix_str("acc {:.4f}, acc_norm {:.4f}".format(*right[done].double().mean(0)))
-    model.train(was_training)
     n_long = sum(len(q.context) + max(map(len, q.endings)) - 1 > block_size for q in questions)
     return nats, right, n_long
 

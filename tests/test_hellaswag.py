@@ -1,5 +1,6 @@
 """What hellaswag.py promises, each promise as a test. Offline, on models and examples made here."""
 
+import copy
 import json
 import math
 import random
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, RUN
+from conftest import ROOT, RUN, broken
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fineweb
 import hellaswag
@@ -146,11 +149,11 @@ def test_no_ending_sees_another(tokenizer):
 
 def test_a_batch_has_at_most_batch_tokens_and_its_size_changes_no_loss(tokenizer, monkeypatch):
     model, examples, sizes, rows = make_model(), make_examples(40), [], []
-    hidden, lm_head = model.hidden, model.lm_head.forward
+    hidden = model.hidden
     monkeypatch.setattr(
         model, "hidden", lambda idx, **how: sizes.append(idx.numel()) or hidden(idx, **how)
     )
-    monkeypatch.setattr(model.lm_head, "forward", lambda x: rows.append(len(x)) or lm_head(x))
+    model.lm_head.register_forward_hook(lambda _, args, out: rows.append(len(out)))
     whole = hellaswag.score(model, tokenizer, examples, Worker(), batch_tokens=2**20)[0]
     assert len(sizes) == 1 and sum(rows) < sum(sizes)
     for limit in (300, 1000, 3000):
@@ -162,8 +165,7 @@ def test_a_batch_has_at_most_batch_tokens_and_its_size_changes_no_loss(tokenizer
 
 def test_logits_are_made_for_a_bounded_number_of_places_at_once(tokenizer, monkeypatch):
     model, rows = make_model(vocab_size=2**18), []
-    lm_head = model.lm_head.forward
-    monkeypatch.setattr(model.lm_head, "forward", lambda x: rows.append(len(x)) or lm_head(x))
+    model.lm_head.register_forward_hook(lambda _, args, out: rows.append(len(out)))
     monkeypatch.setattr(type(tokenizer), "n_vocab", 2**18)
     hellaswag.score(model, tokenizer, make_examples(8), Worker(), batch_tokens=2**20)
     assert max(rows) == 2**26 // 2**18 and len(rows) > 1
@@ -173,7 +175,7 @@ def test_two_workers_find_what_one_finds(tokenizer):
     model, examples = make_model(), make_examples(31)
 
     def evaluate(worker):
-        return hellaswag.evaluate(model, tokenizer, examples, worker)
+        return hellaswag.evaluate(copy.deepcopy(model), tokenizer, examples, worker)
 
     (alone,) = run_ranks(1, evaluate)
     assert run_ranks(2, evaluate) == [alone, alone]
@@ -203,7 +205,8 @@ def test_too_long_examples_lose_text_on_the_left_and_are_counted(tokenizer, caps
     model, examples = make_model(block_size=64), make_examples(30, seed=1)
     examples[7]["ctx"] = "the dog runs " * 50
     assert_same_as_plainly(model, tokenizer, examples)
-    run_ranks(2, lambda worker: hellaswag.evaluate(model, tokenizer, examples, worker))
+    models = iter([model, copy.deepcopy(model)])
+    run_ranks(2, lambda worker: hellaswag.evaluate(next(models), tokenizer, examples, worker))
     questions = [hellaswag.render_example(example, tokenizer) for example in examples]
     read = [len(q.context) + max(len(ending) for ending in q.endings) - 1 for q in questions]
     n = sum(tokens > 64 for tokens in read)
@@ -317,6 +320,22 @@ def test_a_line_that_is_no_example_is_named_with_what_it_lacks(message, tmp_path
         with pytest.raises(ValueError) as caught:
             list(hellaswag.iterate_examples(path))
         assert str(caught.value) == f"{path}, {message}"
+
+
+LINES = broken(make_examples(1)[0]).map(lambda value: json.dumps(value).encode())
+
+
+@given(LINES | st.binary(max_size=50))
+def test_any_line_is_an_example_that_can_be_scored_or_named_in_one_line(tmp_path, tokenizer, line):
+    (tmp_path / "any.jsonl").write_bytes(line)
+    try:
+        examples = list(hellaswag.iterate_examples(tmp_path / "any.jsonl"))
+    except ValueError as e:
+        assert str(e).startswith(str(tmp_path / "any.jsonl")) and "\n" not in str(e)
+        return
+    for harness in (False, True):
+        nats, _, _ = hellaswag.score(make_model(), tokenizer, examples, Worker(), harness=harness)
+        assert nats.isfinite().all()
 
 
 def test_an_empty_file_and_one_that_is_no_text_are_told(tmp_path):
