@@ -114,7 +114,7 @@ def load_tokenizer(folder: str | Path | None = None) -> tiktoken.Encoding:
         enc = make_encoding(line.replace(" ", "") for line in lines if line)
         if json.loads(encoder.read_text("utf-8")) != spell(enc):
             raise ValueError("their ids differ")
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, RecursionError) as e:
         raise ValueError(f"{encoder} and {merges.name} make no tokenizer: {e}") from e
     return enc
 
@@ -184,7 +184,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save makes a RuntimeError of a full disk
-        reason = getattr(e, "strerror", None) or e
+        cause = e if isinstance(e, OSError) else e.__context__
+        reason = getattr(cause, "strerror", None) or e
         raise OSError(f"cannot write {path} ({reason}): mend that, run the same again") from e
     finally:
         with suppress(OSError):  # as a rule it has been renamed
@@ -614,8 +615,16 @@ def read_record(path: Path) -> dict[str, Any]:
     with reading(path, "; not a record of this program's, or damaged"):
         record = json.loads(path.read_text("utf-8"))
         record["splits"] = {split: Counter(record["splits"][split]) for split in ("train", "val")}
-        if record["arguments"]:
-            return record
+        numbers = [number for totals in record["splits"].values() for number in totals.values()]
+        if path.name == "progress.json":
+            for position in record["positions"].values():
+                part, batch = position["place"]
+                numbers += [position["shard"], part, batch, position["offset"]]
+        else:
+            record.pop("positions", None)
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError("has numbers that cannot be")
+        return record | {"arguments": dict(record["arguments"])}
 
 
 def open_record(out_dir: Path, arguments: dict[str, Any], streams: Iterable[str]) -> dict[str, Any]:
@@ -628,6 +637,8 @@ def open_record(out_dir: Path, arguments: dict[str, Any], streams: Iterable[str]
             if changes := "; ".join(f"{n} {old.get(n)!r}, now {arguments.get(n)!r}" for n in names):
                 way_out = "use the same, or another --out_dir, or delete this one"
                 raise ValueError(f"{out_dir} has other arguments ({changes}): {way_out}")
+            if path.name == "progress.json" and set(record["positions"]) != set(streams):
+                raise ValueError(f"{path} is damaged: delete {out_dir}, make it again")
             return record
     for path in [*out_dir.glob("*.npy"), *out_dir.glob("encoder.json"), *out_dir.glob("vocab.bpe")]:
         raise ValueError(f"{path} is of another program: use another --out_dir")

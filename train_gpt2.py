@@ -67,24 +67,25 @@ import fineweb
 
 def option(default: Any, help: str, low: float = 0, high: float = 2**40, choices: str = "") -> Any:
     """A dataclass field that is a command-line flag too: its help and the values it may have."""
-    limits = {"help": help, "low": low, "high": high, "choices": choices.split()}
-    return dataclasses.field(default=default, metadata=limits)
+    allowed = (low, high, choices.split())
+    return dataclasses.field(default=default, metadata=dict(help=help, allowed=allowed))
 
 
-def check_options(config: Any) -> None:
-    """ValueError that names the first field whose value is not allowed."""
-    for field in dataclasses.fields(config):
-        value, limits = getattr(config, field.name), field.metadata
-        if limits["choices"] and value not in limits["choices"]:
-            raise ValueError(f"{field.name}={value!r} is not one of {', '.join(limits['choices'])}")
-        if field.type in (int, float) and not limits["low"] <= value <= limits["high"]:
-            allowed = f"from {limits['low']} to {limits['high']}"
-            raise ValueError(f"{field.name}={value!r} is not {allowed}")
+class Options:
+    """A dataclass of options. ValueError names the first whose value is not allowed."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, (low, high, choices) = getattr(self, field.name), field.metadata["allowed"]
+            if choices and value not in choices:
+                raise ValueError(f"{field.name}={value!r} is not one of {', '.join(choices)}")
+            if field.type in (int, float) and not low <= value <= high:
+                raise ValueError(f"{field.name}={value!r} is not from {low} to {high}")
 
 
 @dataclass(frozen=True)
-class GPTConfig:
-    """The shape of a model; by default that of GPT-2 small, 124M parameters. Errors: ValueError."""
+class GPTConfig(Options):
+    """The shape of a model; by default that of GPT-2 small, 124M parameters."""
 
     block_size: int = option(1024, "longest context, tokens: the rows of wpe", 1, 2**20)
     vocab_size: int = option(50257, "rows of wte, tokens", 1, 2**20)
@@ -95,14 +96,14 @@ class GPTConfig:
     bias: bool = option(True, "biases in linear layers and LayerNorms, as GPT-2 has them")
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """A run; by default the reproduction of GPT-2 124M on FineWeb-Edu. Errors: ValueError."""
+class TrainConfig(Options):
+    """A run; by default the reproduction of GPT-2 124M on FineWeb-Edu."""
 
     data_dir: str = option("edu_fineweb10B", "folder of token shards (fineweb.py makes them)")
     log_dir: str = option("", "folder for the run's files (default: log/PRESET, log/PRESET-2, …)")
@@ -113,9 +114,7 @@ class TrainConfig:
     seq_len: int = option(1024, "tokens a sequence, at most block_size", 1)
     max_steps: int = option(10**10 // 2**19, "steps (default: 10B tokens)", 1)
     warmup_steps: int = option(715, "steps of warm-up (default: 375M tokens, as GPT-3)")
-    max_lr: float = option(
-        6e-4, "learning rate at its peak (default: GPT-3, table 2.1)", 1e-12, 1e3
-    )
+    max_lr: float = option(6e-4, "the learning rate's peak (default: GPT-3's)", 1e-12, 1e3)
     min_lr_ratio: float = option(0.1, "learning rate at the end, as a share of the peak", 0, 1)
     weight_decay: float = option(0.1, "share of a weight that a step takes off, times the rate")
     grad_clip: float = option(1.0, "the gradient's largest norm; 0 for any")
@@ -128,9 +127,6 @@ class TrainConfig:
     device: str = option("auto", "where to compute", choices="auto cuda mps cpu")
     precision: str = option("auto", "of matrix products", choices="auto bf16 fp16 fp32")
     compile: str = option("auto", "torch.compile (auto: on CUDA)", choices="auto on off")
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     def micro_steps(self, world_size: int) -> int:
         """Micro-steps in a step: B·T tokens on each worker, until they are total_batch_size."""
@@ -145,19 +141,14 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class SampleConfig:
-    """What --generate writes. Errors: ValueError."""
+class SampleConfig(Options):
+    """What --generate writes."""
 
     n: int = option(1, "samples", 1, 1024)
     max_new_tokens: int = option(200, "tokens of a sample, after the prompt", 0)
-    temperature: float = option(
-        1.0, "0 takes the likeliest token, 1 what the model believes", 0, 100
-    )
+    temperature: float = option(1.0, "0: the likeliest token; 1: as the model believes", 0, 100)
     top_k: int = option(50, "of the k likeliest tokens only", 1)
     top_p: float = option(1.0, "of the likeliest with probability p together only", 1e-9, 1)
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 # What differs from the defaults above. The larger models' learning rates are GPT-3's, table 2.1.
@@ -467,7 +458,9 @@ class GPT(nn.Module):
         Reads safetensors only, which hold numbers and no code. Errors: ValueError, which names what
         is missing, left over, of another shape or of another architecture.
         """
-        from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+        from safetensors.torch import load_file
+        from transformers import AutoConfig, GPT2Config
+        from transformers.utils import cached_file
 
         same = ("model_type", "activation_function", "layer_norm_epsilon", "scale_attn_weights",
                 "scale_attn_by_inverse_layer_idx", "tie_word_embeddings")  # fmt: skip
@@ -476,14 +469,19 @@ class GPT(nn.Module):
             if others := [key for key in same if getattr(hf, key, None) != getattr(gpt2, key)]:
                 raise ValueError(f"not a GPT-2, it has another {', '.join(others)}")
             sizes = dict(n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd)
-            model = cls(GPTConfig(hf.n_positions, hf.vocab_size, **sizes))
-            theirs, report = GPT2LMHeadModel.from_pretrained(
-                name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )  # fmt: skip
-            if problems := {problem: sorted(names) for problem, names in report.items() if names}:
-                raise ValueError(str(problems))
-            model.load_state_dict(transpose_conv1d(theirs.state_dict()))
+            with torch.device("meta"):  # shapes without numbers: no memory is taken but the file's
+                model = cls(GPTConfig(hf.n_positions, hf.vocab_size, **sizes))
+            # OpenAI's own files lack the prefix and have causal masks, .attn.bias, as tensors.
+            tensors = {
+                name.removeprefix("transformer."): tensor.float()
+                for name, tensor in load_file(
+                    cached_file(name_or_path, "model.safetensors")
+                ).items()
+                if not name.endswith((".attn.bias", ".attn.masked_bias"))
+                and name != "lm_head.weight"
+            }
+            model.transformer.load_state_dict(transpose_conv1d(tensors), assign=True)
+            model.lm_head.weight = model.transformer.wte.weight
         except Exception as e:  # the hub, safetensors and transformers each fail in their own ways
             reason = " ".join((str(e) or repr(e)).split())
             raise ValueError(
@@ -525,7 +523,7 @@ def transpose_conv1d(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """OpenAI wrote these layers as 1×1 convolutions, (in, out), and Hugging Face keeps that layout
     ("Conv1D"); nn.Linear's is (out, in). So they cross over transposed, in both directions."""
     conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    return {name: t.T if name.endswith(conv1d) else t for name, t in tensors.items()}
+    return {name: t.T.contiguous() if name.endswith(conv1d) else t for name, t in tensors.items()}
 
 
 # ------------------------------------------------------------------- Optimizers and schedule
@@ -688,7 +686,8 @@ class Worker:
 
     def print(self, *text: str) -> None:
         if self.rank == 0:
-            print(*text, sep="\n", flush=True)
+            with contextlib.suppress(OSError):  # a full disk behind it is worth no run
+                print(*text, sep="\n", flush=True)
 
     def gather(self, *values: float) -> Tensor:
         """Every worker's values, float64 (world_size, n). Returns once all have called it."""
@@ -784,7 +783,8 @@ def evaluate(
 
 
 def sample_texts(
-    model: GPT, tokenizer: Encoding, worker: Worker, prompt: str, n: int, seed: int, **settings: Any
+    model: GPT, tokenizer: Encoding, worker: Worker, prompt: str, n: int, seed: int = 1337,
+    **settings: Any,
 ) -> list[str]:  # fmt: skip
     """n continuations of the prompt, which they include. settings: see GPT.generate."""
     ids, eot = tokenizer.encode(prompt, disallowed_special=()), tokenizer.eot_token
@@ -804,7 +804,8 @@ def sample_texts(
 
 def list_checkpoints(log_dir: str | Path) -> list[Path]:
     """A run's checkpoints, oldest first."""
-    return sorted(Path(log_dir).glob("checkpoint_*.pt"), key=lambda path: (len(path.name), path))
+    paths = [p for p in Path(log_dir).glob("checkpoint_*.pt") if p.stem[11:].isdecimal()]
+    return sorted(paths, key=lambda path: int(path.stem[11:]))
 
 
 def save_checkpoint(log_dir: Path, keep_every: int, step: int, **state: Any) -> None:
@@ -814,7 +815,7 @@ def save_checkpoint(log_dir: Path, keep_every: int, step: int, **state: Any) -> 
     with fineweb.whole_file(log_dir / f"checkpoint_{step:06d}.pt") as file:
         torch.save(state | {"step": step}, file)
     for old in list_checkpoints(log_dir)[:-2]:
-        if int(old.stem.split("_")[1]) % keep_every:
+        if int(old.stem[11:]) % keep_every:
             old.unlink()
 
 
@@ -827,12 +828,15 @@ def load_checkpoint(path: str | Path) -> tuple[GPT, dict[str, Any]]:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
+            size = sum(record.file_size for record in archive.infolist())
         state = torch.load(path, map_location="cpu", weights_only=True)
         with torch.device("meta"):  # shapes without numbers: no memory is taken but the file's
             model = GPT(GPTConfig(**state["config"]))
         model.load_state_dict(state["model"], assign=True)
         model.lm_head.weight = model.transformer.wte.weight
-        return model, state
+        if max(size, 4 * model.num_params()) > os.path.getsize(path):
+            raise ValueError("it claims to hold more than it does")
+        return model.float(), state
     except Exception as e:  # zip, pickle and torch each fail in ways of their own
         reason = (str(e) or repr(e)).splitlines()[0]
         raise ValueError(f"{path} is not a whole checkpoint: {reason}") from e
@@ -864,10 +868,10 @@ def padded(n_vocab: int) -> int:
 def read_log(log_dir: str | Path) -> list[dict[str, Any]]:
     """The records of a run's log.jsonl, but for a last line that a kill cut short."""
     path, records = Path(log_dir) / "log.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-    return records
+    return [record for record in records if isinstance(record, dict)]
 
 
 def plot_log(log_dir: Path) -> None:
@@ -881,8 +885,14 @@ def plot_log(log_dir: Path) -> None:
     figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
     for ax, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for key in panels[title]:
-            points = np.array([(r["step"], r[key]) for r in records if key in r]).reshape(-1, 2)
-            ax.plot(*points.T, "-" if key == "loss" else "o-", label=key, ms=4, lw=1)
+            points = [(r["step"], r[key]) for r in records if {"step", key} <= r.keys()]
+            ax.plot(
+                *np.reshape(points, (-1, 2)).T,
+                "-" if key == "loss" else "o-",
+                label=key,
+                ms=4,
+                lw=1,
+            )
         ax.set(title=title, xlabel="step")
         ax.legend()
     with fineweb.whole_file(log_dir / "loss.png") as file:
@@ -894,11 +904,32 @@ def worth_no_run() -> Iterator[None]:
     """What fails in here, on a full disk say, is said, and training goes on."""
     try:
         yield
-    except OSError as e:
-        print(f"WARNING: {e}", file=sys.stderr, flush=True)
+    except Exception as e:
+        with contextlib.suppress(OSError):
+            print(f"WARNING: {e}", file=sys.stderr, flush=True)
 
 
 # ----------------------------------------------------------------------------------- Training
+
+
+def describe(
+    model: GPT, cfg: TrainConfig, worker: Worker, compiled: bool, peak: float, n_windows: int
+) -> dict[str, Any]:
+    """What a run prints and logs before its first step: what it does, where, and how."""
+    tokens, device = cfg.total_batch_size * cfg.max_steps, worker.device
+    q = torch.empty(1, model.config.n_head, 2, 8, device=device, dtype=worker.dtype)
+    kernel = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
+    kernel = "BY_HAND" if attends_by_hand(device, worker.dtype, cfg.seq_len) else kernel
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return dict(
+        device=f"{device}, {torch.get_num_threads()} threads, {worker.world_size} workers",
+        precision=f"{worker.dtype}, a bare matmul does {peak / 1e12:.3g} TFLOP/s",
+        chosen=f"compile {compiled}, attention {kernel}, fused {cfg.optimizer}",
+        config=asdict(model.config), parameters=model.num_params(),
+        tokens=tokens, epochs=round(tokens / cfg.seq_len / n_windows, 2),
+        versions=f"python {platform.python_version()}, torch {torch.__version__}",
+        commit=subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+    )  # fmt: skip
 
 
 def train(
@@ -920,9 +951,7 @@ def train(
     accumulation = cfg.micro_steps(worker.world_size)
     tokenizer = fineweb.load_tokenizer(cfg.data_dir)
     check_vocabulary(model.train(), tokenizer)
-    sample_texts(
-        model, tokenizer, worker, cfg.sample_prompt, 1, cfg.seed, max_new_tokens=0
-    )  # fits?
+    sample_texts(model, tokenizer, worker, cfg.sample_prompt, 1, max_new_tokens=0)  # does it fit?
     where = (worker.rank, worker.world_size, cfg.seed, tokenizer.n_vocab)
     train_loader, val_loader = (
         DataLoaderLite(cfg.data_dir, split, cfg.micro_batch_size, T, *where)
@@ -964,28 +993,18 @@ def train(
     if master:
         if tokenizer.name != "gpt2":
             fineweb.save_tokenizer(tokenizer, log_dir)
-        q = torch.empty(1, model.config.n_head, 2, 8, device=device, dtype=worker.dtype)
-        kernel = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
-        kernel = "BY_HAND" if attends_by_hand(device, worker.dtype, T) else kernel
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        facts = dict(
-            device=f"{device}, {torch.get_num_threads()} threads, {worker.world_size} workers",
-            precision=f"{worker.dtype}, a bare matmul does {peak / 1e12:.3g} TFLOP/s",
-            chosen=f"compile {compiled}, attention {kernel}, fused {cfg.optimizer}",
-            config=asdict(model.config), parameters=model.num_params(),
-            tokens=(tokens := cfg.total_batch_size * cfg.max_steps),
-            epochs=round(tokens / T / train_loader.n_windows, 2),
-            versions=f"python {platform.python_version()}, torch {torch.__version__}",
-            commit=subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        )  # fmt: skip
-        print(*(f"{key}: {value}" for key, value in facts.items()), sep="\n", flush=True)
-        facts |= dict(train_config=asdict(cfg), start_step=start)
-        kept = [record for record in read_log(log_dir) if record.get("step", -1) < start]
-        lines = (json.dumps(record).encode() + b"\n" for record in [*kept, facts])
+        facts = describe(model, cfg, worker, compiled, peak, train_loader.n_windows)
+        worker.print(*(f"{key}: {value}" for key, value in facts.items()))
+        for rest in log_dir.glob("*.tmp"):  # of a kill
+            rest.unlink()
+        kept = [r for r in read_log(log_dir) if type(i := r.get("step", -1)) is int and i < start]
+        new = facts | dict(train_config=asdict(cfg), start_step=start)
+        lines = (json.dumps(record).encode() + b"\n" for record in [*kept, new])
         fineweb.write_file(log_dir / "log.jsonl", *lines)
     skipped, seconds, signum = 0, 0.0, 0
 
     def log(record: dict[str, Any]) -> None:
+        worker.print(" | ".join(f"{key} {value:.5g}" for key, value in record.items()))
         if master:
             with worth_no_run(), open(log_dir / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -998,14 +1017,13 @@ def train(
                 raise FloatingPointError(f"step {step}: the validation loss is {val_loss}")
             record = dict(step=step, val_loss=val_loss, bits_per_byte=bits)
             record |= hellaswag.evaluate(model, tokenizer, examples, worker) if examples else {}
-            worker.print(" | ".join(f"{key} {value:.5g}" for key, value in record.items()))
             log(record)
             if master:
                 with worth_no_run():
                     plot_log(log_dir)
                 settings = dict(n=4, seed=cfg.seed, max_new_tokens=32, top_k=50)
                 for text in sample_texts(model, tokenizer, worker, cfg.sample_prompt, **settings):
-                    print(f"  {text!r}", flush=True)
+                    worker.print(f"  {text!r}")
         if master and step > start and (step % cfg.checkpoint_every == 0 or last or signum):
             with worth_no_run():
                 save_checkpoint(
@@ -1045,20 +1063,14 @@ def train(
 
         took = time.perf_counter() - began
         seconds += took
-        record = dict(
-            step=step, loss=losses.mean().item(), lr=lr, grad_norm=norm if not skipped else None,
-            ms=took * 1e3, tok_per_s=cfg.total_batch_size / took, utilisation=flops / took / peak,
-        )  # fmt: skip
+        record = dict(step=step, loss=losses.mean().item(), lr=lr, ms=took * 1e3)
+        record |= {} if skipped else dict(grad_norm=norm)
+        record |= dict(tok_per_s=cfg.total_batch_size / took, utilisation=flops / took / peak)
         left = seconds / (step - start + 1) * (cfg.max_steps - step - 1)
-        worker.print(
-            f"{step + 1}/{cfg.max_steps} | loss {record['loss']:.4f} | lr {lr:.2e}"
-            f" | norm {norm:.2f} | {took * 1e3:.0f} ms | {record['tok_per_s']:,.0f} tok/s"
-            f" | {record['utilisation']:.0%} of matmul | {left // 60:.0f}:{left % 60:02.0f} left"
-        )
-        log(record)
+        log(record | dict(minutes_left=left / 60))
     if last and master:
         model.save_pretrained(log_dir / "hf", tokenizer)
-        print(f"{log_dir} holds log.jsonl, loss.png, checkpoints, and hf/ for transformers")
+        worker.print(f"{log_dir} holds log.jsonl, loss.png, checkpoints, and hf/ for transformers")
     return signum
 
 
@@ -1075,10 +1087,10 @@ def restore(
         if saved.config != model.config:
             raise ValueError(f"{path} has another shape: {saved.config}, not {model.config}")
         try:
-            for part, its_state in zip(
-                (*optimizers, scaler), (*state["optimizers"], state["scaler"]), strict=True
-            ):
-                part.load_state_dict(its_state)
+            for optimizer, its_state in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(its_state)
+            if state["scaler"]:  # the run so far was in fp16
+                scaler.load_state_dict(state["scaler"])
         except (ValueError, LookupError) as e:
             raise ValueError(f"{path} is of a run with other optimizers: {e}") from None
         model.load_state_dict(saved.state_dict())
@@ -1107,7 +1119,9 @@ def parse(argv: Sequence[str] | None) -> dict[str, Any]:
     for config in (GPTConfig, TrainConfig, SampleConfig):
         group = parser.add_argument_group(config.__name__)
         for field in dataclasses.fields(config):
-            how: dict[str, Any] = dict(type=field.type, choices=field.metadata["choices"] or None)
+            how: dict[str, Any] = dict(
+                type=field.type, choices=field.metadata["allowed"][2] or None
+            )
             if field.type is bool:
                 how = dict(action=argparse.BooleanOptionalAction)
             help = field.metadata["help"]
@@ -1206,6 +1220,7 @@ def run(flags: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that lacks a character
     try:
         run(parse(argv))
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as e:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -20,7 +21,32 @@ checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 settings.register_profile(
     "same", derandomize=True, database=None, deadline=None, suppress_health_check=checks
 )
+settings.register_profile("long", settings.get_profile("same"), max_examples=2500)
 settings.load_profile("same")
+
+
+def times(short, long):
+    """How often a test generates, kills or damages something: in the suite, and in its long form,
+    which is python -m pytest --hypothesis-profile=long."""
+    return long if settings.get_current_profile_name() == "long" else short
+
+
+# What a damaged or hostile JSON file may hold.
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=9) | st.integers(-(2**70), 2**70)
+    | st.sampled_from([0, 1, -1, 2**60, "", "train", "text"]),
+    lambda some: st.lists(some) | st.dictionaries(st.text(max_size=9), some), max_leaves=6,
+)  # fmt: skip
+
+
+def broken(whole):
+    """What a file may hold in the place of this JSON: one value in it is another, or is gone."""
+    if not isinstance(whole, dict) or not whole:
+        return ANY_JSON
+    missing = [{k: v for k, v in whole.items() if k != key} for key in whole]
+    replaced = [broken(whole[key]).map(lambda v, key=key: whole | {key: v}) for key in whole]
+    return st.one_of(ANY_JSON, st.sampled_from(missing), *replaced)
+
 
 SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)
 RUN = dict(

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from conftest import broken, times
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[1]
@@ -674,6 +676,84 @@ def test_inspect_finds_a_shard(damage, tmp_path, capsys):
     assert fineweb.main(["--inspect", str(out)]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def open_or_name(path: Path) -> None:
+    """Open a shard. It is a whole row of uint16, or an error of one line names it."""
+    try:
+        ((_, ids),) = fineweb.open_shards(path.parent, "train")
+    except ValueError as e:
+        assert str(e).startswith(f"{path}: ") and "\n" not in str(e)
+        return
+    assert ids.dtype == np.uint16 and ids.ndim == 1
+    assert path.read_bytes().endswith(ids.tobytes()) and len(ids)
+
+
+def test_a_shard_cut_at_any_length_is_named(tmp_path):
+    np.save(path := tmp_path / "train_1.npy", np.arange(1000, dtype=np.uint16))
+    whole = path.read_bytes()
+    for length in (0, 1, *random.Random(0).sample(range(len(whole)), times(50, 1000))):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            fineweb.open_shards(tmp_path, "train")
+
+
+SIZES = st.integers(-2, 12) | st.sampled_from([2**31, 2**60, 2**63, 2**64, 1.5, "x", None, True])
+HEADERS = st.fixed_dictionaries({
+    "descr": st.sampled_from(["<u2", ">u2", "<i2", "|u1", "<u8", "<f2", "|O", "|V2", "<U1", "x"]),
+    "fortran_order": st.sampled_from([False, True, 0]),
+    "shape": st.lists(SIZES, max_size=3).map(tuple) | SIZES,
+}).map(str) | st.text(st.characters(max_codepoint=126), max_size=60)  # fmt: skip
+
+
+def header(*shape):
+    return str({"descr": "<u2", "fortran_order": False, "shape": shape})
+
+
+@example(header(2, 2), 8, b"\1\0")
+@example(header(3), 8, b"\1\0")
+@given(HEADERS, st.integers(0, 20), st.sampled_from([b"\1\0", b"\2\0", b"\3\0", b"\t\t"]))
+def test_a_file_of_any_header_is_a_shard_or_named(tmp_path, header, n_bytes, version):
+    length = len(header).to_bytes(2 if version == b"\1\0" else 4, "little")
+    content = b"\x93NUMPY" + version + length + header.encode() + bytes(n_bytes)
+    (tmp_path / "train_1.npy").write_bytes(content)
+    open_or_name(tmp_path / "train_1.npy")
+
+
+@example(22, ord("i"))  # signed
+@given(st.integers(0, 147), st.integers(0, 255))
+def test_a_shard_with_any_byte_replaced_is_a_shard_or_named(tmp_path, at, byte):
+    np.save(path := tmp_path / "train_1.npy", np.arange(10, dtype=np.uint16))
+    content = bytearray(path.read_bytes())
+    content[at] = byte
+    path.write_bytes(content)
+    open_or_name(path)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "progress.json"])
+@given(data=st.data())
+def test_any_record_is_taken_or_refused_in_one_line(name, data, tmp_path, capsys):
+    path, out = write_jsonl(tmp_path / "a.jsonl", TEXTS[:20]), tmp_path / "out"
+    if not (tmp_path / "whole").exists():
+        prepare(path, tmp_path / "whole")
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(tmp_path / "whole", out)
+    record = json.loads((out / "meta.json").read_bytes())
+    if name == "progress.json":  # before the second shard
+        (out / "meta.json").unlink()
+        position = {"shard": 1, "place": [0, 0], "offset": 1500}
+        record["positions"] = {"train": position, "val": position}
+    (out / name).write_text(json.dumps(data.draw(broken(record))))
+    before = contents(out)
+    arguments = ["--input", str(path), "--tokenizer", "train:300", "--val_fraction", "0.1"]
+    arguments += ["--shard_tokens", "1500", "--out_dir", str(out)]
+    for command in (["--inspect", str(out)], arguments):
+        capsys.readouterr()
+        if fineweb.main(command):
+            err = capsys.readouterr().err
+            assert err.startswith("error: ") and err.count("\n") == 1
+            assert name == "progress.json" or contents(out) == before
+            assert not list(out.glob("*.tmp"))
 
 
 def test_shards_made_elsewhere_can_be_opened_and_inspected(gpt2, tmp_path, capsys):

@@ -1,7 +1,10 @@
 """The program from its command line to its files: processes started, stopped, killed, resumed."""
 
 import dataclasses
+import gc
+import io
 import itertools
+import math
 import multiprocessing
 import os
 import random
@@ -17,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, RUN, SHAPE, Bomb, assert_same, history, offline
-from hypothesis import given
+from conftest import ROOT, RUN, SHAPE, Bomb, assert_same, history, offline, times
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import train_gpt2
@@ -76,17 +79,25 @@ def assert_close_run(log_dir, other) -> None:
 # A server that has imported the program forks a process for a run: in 30 ms, not in 3 seconds.
 
 
-def program(argv, output, environment, pause=0.0, die_after=0, file_limit=0):
+def program(argv, output, environment, pause=0.0, die_after=0, file_limit=0, nan_at=None):
     """The program, in a process of its own.
 
     pause: seconds before each micro-step. die_after: calls of any function, then it kills itself.
-    file_limit: the largest file that it can write, bytes.
+    file_limit: the largest file that it can write, bytes. nan_at: the rank and the micro-step of a
+    loss that is no number.
     """
     os.environ.update(environment)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     Worker.matmul_rate, batch = lambda worker: 1e12, DataLoaderLite.batch
-    DataLoaderLite.batch = lambda loader, i: time.sleep(pause) or batch(loader, i)
+
+    def before_batch(loader, i):
+        time.sleep(pause)
+        if (loader.rank, i) == nan_at:
+            train_gpt2.CrossEntropy.apply = lambda logits, _: logits.sum() * math.nan
+        return batch(loader, i)
+
+    DataLoaderLite.batch = before_batch
     if file_limit:
         import resource
 
@@ -175,8 +186,8 @@ def finished(run_in, data_dir):
 
 
 def wait_for(step) -> None:
-    """Until so many steps are logged, for a minute of waiting at most."""
-    for _ in range(6000):
+    """Until so many steps are logged, for five minutes of waiting at most."""
+    for _ in range(30_000):
         if len(steps()) >= step:
             return
         time.sleep(0.01)
@@ -193,21 +204,22 @@ def stop(process, signum) -> int:
 
 
 @posix
+@pytest.mark.parametrize("step", [11, *range(1, times(1, 40), 4)])
 @pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGINT", 130), ("SIGKILL", -9)])
 def test_a_run_that_a_signal_ended_goes_on_as_if_it_never_had(
-    name, status, start, finish, whole, data_dir
+    name, status, step, start, finish, whole, data_dir
 ):
     argv = flags("--resume", **LONG, data_dir=data_dir)
     (process,) = start(argv, pause=0.02)
-    wait_for(11)
+    wait_for(step)
     logged = stop(process, getattr(signal, name))
     process.join(300)
     assert process.exitcode == status
     if name == "SIGKILL":
-        assert 0 <= logged - last_saved() <= 8
+        assert 0 <= logged - (last_saved() if list_checkpoints("log") else 0) <= 8
     else:  # the step in progress is saved, or the next where that one was done
         assert last_saved() == len(steps()) and last_saved() - logged in (0, 1, 2)
-    resumed = f"resumed at step {last_saved()}"
+    resumed = f"resumed at step {last_saved()}" if list_checkpoints("log") else "starts at step 0"
     code, output = finish(argv)
     assert code == 0 and resumed in output, output
     assert_same_run("log", whole)
@@ -226,11 +238,12 @@ def test_a_sigterm_that_comes_more_than_once_saves_too(start, data_dir):
 
 
 @posix
+@pytest.mark.parametrize("series", range(times(1, 10)))
 def test_a_run_killed_at_twenty_random_moments_is_bit_identical_to_one_never_killed(
-    finish, whole, data_dir
+    series, finish, whole, data_dir
 ):
     """While it starts, resumes, trains, evaluates, samples, writes a checkpoint or the log."""
-    argv, rng = flags("--resume", **LONG, data_dir=data_dir), random.Random(0)
+    argv, rng = flags("--resume", **LONG, data_dir=data_dir), random.Random(series)
     code, kills, recomputed = -9, 0, []
     while code == -9:
         done = len(steps())
@@ -244,10 +257,11 @@ def test_a_run_killed_at_twenty_random_moments_is_bit_identical_to_one_never_kil
 
 
 @posix
-def test_a_run_goes_on_with_another_number_of_processes(start, finish, finished, data_dir):
-    """Two, then one, then four, then two: the same tokens in the same order."""
+@pytest.mark.parametrize("sizes", [(2, 1, 4), *itertools.product([1, 2], repeat=3)][: times(1, 9)])
+def test_a_run_goes_on_with_another_number_of_processes(sizes, start, finish, finished, data_dir):
+    """And in the end with two: the same tokens in the same order."""
     argv = flags("--resume", **SHARED, data_dir=data_dir)
-    for step, world_size in [(3, 2), (7, 1), (13, 4)]:
+    for step, world_size in zip((3, 7, 13), sizes, strict=True):
         processes = start(argv, world_size=world_size, pause=0.04)
         wait_for(step)
         stop(processes[0], signal.SIGTERM)
@@ -263,9 +277,59 @@ def test_a_run_goes_on_with_another_number_of_processes(start, finish, finished,
 def test_a_full_disk_ends_no_run_and_leaves_no_part_of_a_file(finish, data_dir):
     """No file can be larger than a fifth of a checkpoint."""
     code, output = finish(flags(data_dir=data_dir), file_limit=100_000)
-    assert output.count("WARNING: cannot write log/checkpoint_") == 3 and "Traceback" not in output
+    warnings = re.findall(r"WARNING: cannot write log/checkpoint_.*\(File too large\)", output)
+    assert len(warnings) == 3 and "Traceback" not in output
     assert len(steps()) == 12 and not list(Path("log").glob("checkpoint_*"))
     assert code == 1 and output.splitlines()[-1].startswith("error: ")  # hf/ is its very result
+
+
+@posix
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_run_whose_output_cannot_be_written_goes_on(start, whole, data_dir):
+    """As with `nohup … > train.log` on a full disk, or `| tee` that was killed."""
+    (process,) = start(flags(**LONG, data_dir=data_dir), output="/dev/full")
+    process.join(300)
+    assert_same_run("log", whole)
+    assert load_model("log/hf")
+
+
+@posix
+def test_a_loss_that_is_no_number_stops_all_workers_and_is_told_by_rank(
+    start, finish, finished, data_dir
+):
+    argv = flags("--resume", **SHARED, data_dir=data_dir)
+    processes = start(argv, world_size=2, nan_at=(1, 11))
+    for process in processes:
+        process.join(300)
+    output = Path("output.txt").read_text()
+    assert [process.exitcode for process in processes] == [1, 1] and "Traceback" not in output
+    assert re.search(r"^error: step 5: loss \[[\d.]+, nan\] .* no weight was touched", output, re.M)
+    assert last_saved() == 4 and steps() == [0, 1, 2, 3, 4]
+    code, output = finish(argv, world_size=2)
+    assert code == 0 and "resumed at step 4" in output, output
+    assert_close_run("log", finished)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
+def test_stopping_and_resuming_leaves_memory_and_open_files_as_they_were(data_dir, monkeypatch):
+    """A run is stopped in its first step, each time; in the long form for ten minutes."""
+    batch, used, sigterm = DataLoaderLite.batch, [], (os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(
+        DataLoaderLite, "batch", lambda loader, i: os.kill(*sigterm) or batch(loader, i)
+    )
+    argv = flags("--resume", data_dir=data_dir, max_steps=10**5, eval_every=3)
+    end = time.monotonic() + times(0, 600)
+    while len(used) < 12 or time.monotonic() < end:
+        with pytest.raises(SystemExit) as error:
+            train_gpt2.main(argv)
+        assert error.value.code == 143
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        used.append((len(os.listdir("/proc/self/fd")), pages * os.sysconf("SC_PAGE_SIZE")))
+    assert steps() == list(range(len(used)))
+    first, *_, last = used[len(used) // 2 :]
+    print(f"{len(used)} stops: open files and bytes in memory from {first} to {last}")
+    assert first[0] == last[0] and last[1] - first[1] < 2**24
 
 
 # ------------------------------------------------------------------------------------ torchrun
@@ -281,8 +345,8 @@ def before_batch(loader, i):
 train_gpt2.DataLoaderLite.batch = before_batch
 train_gpt2.main()
 """
-FIRST = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
-DIE = f"if i == 22 and loader.rank == 1 and {FIRST}: os.kill(os.getpid(), signal.SIGKILL)"
+RESTARTS = "int(os.environ['TORCHELASTIC_RESTART_COUNT'])"
+DIE = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
 @pytest.fixture
@@ -305,14 +369,23 @@ def torchrun():
         process.wait(60)
 
 
+def deaths(series):
+    """Up to three: in which micro-step which of the two workers dies, of 40 micro-steps."""
+    rng = random.Random(series)
+    return [(i, rng.randrange(2)) for i in sorted(rng.sample(range(8, 40), 3))]
+
+
 @posix
+@pytest.mark.parametrize("deaths", [[(22, 1)], *map(deaths, range(times(0, 6)))])
 def test_two_workers_one_of_which_dies_and_is_restarted_have_the_losses_of_one_process(
-    torchrun, finished, data_dir
+    deaths, torchrun, finished, data_dir
 ):
-    running = torchrun(DIE, flags("--resume", **SHARED, data_dir=data_dir))
-    assert running.wait(300) == 0
+    before_batch = f"if [(i, loader.rank)] == {deaths}[{RESTARTS}:][:1]: {DIE}"
+    running = torchrun(before_batch, flags("--resume", **SHARED, data_dir=data_dir))
+    assert running.wait(600) == 0
     output = Path("output.txt").read_text()
-    assert "starts at step 0" in output and "resumed at step 8" in output
+    restarts = re.findall(r"(?:resumed|starts) at step (\d+)", output)
+    assert restarts == [str(i // 2 // 4 * 4) for i in (0, *(i for i, _ in deaths))]
     assert_close_run("log", finished)
 
 
@@ -357,9 +430,9 @@ def test_the_one_command_needs_no_data_and_no_flag(quick):
         "log.jsonl", "loss.png", "encoder.json", "vocab.bpe", "checkpoint_000003.pt", "hf",
     }  # fmt: skip
     assert (folder / "log/quick/loss.png").read_bytes().startswith(PNG)
-    (first, *others) = (line for line in lines if re.match(r"\d/3 \| loss ", line))
+    (first, *others) = (line for line in lines if re.match(r"step \d \| loss ", line))
     assert len(others) == 2
-    for words in (" lr ", " norm ", " ms ", " tok/s ", " of matmul ", " left"):
+    for words in (" lr ", " ms ", " grad_norm ", " tok_per_s ", " utilisation ", " minutes_left "):
         assert words in first
     assert sum(line.startswith(("  'def ", '  "def ')) for line in lines) == 2 * 4  # samples
     for words in ("cpu", "float", "compile", "fused", "parameters", "val_loss", "bits_per_byte"):
@@ -478,6 +551,16 @@ def test_a_shorter_context_keeps_the_first_positions(finished, data_dir):
     train_gpt2.main(flags(init=finished, data_dir=data_dir, **how))
     old, new = (load_model(d)[0].transformer.wpe.weight for d in (finished, "log"))
     torch.testing.assert_close(new, old[:16])
+
+
+def test_what_the_terminal_cannot_show_stops_nothing(data_dir, monkeypatch):
+    """A new model's samples have characters of all kinds, and so has --help."""
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, "ascii"))
+    train_gpt2.main(flags(data_dir=data_dir, max_steps=1))
+    with pytest.raises(SystemExit) as error:
+        train_gpt2.main(["--help"])
+    assert not error.value.code and b"\\ufffd" in output.getvalue()
 
 
 # ----------------------------------------------------------------------------------- Bad input
@@ -680,3 +763,20 @@ NAMES = {field.name for field in FIELDS} | {"preset", "n", "top_k", "generate"}
 @given(st.dictionaries(st.sampled_from(sorted(NAMES - {"log_dir", "init"})), ANY, max_size=4))
 def test_any_flags_without_data_end_in_one_clear_line(values):
     fails(["--data_dir=missing", *(f"--{k}={v}" for k, v in values.items()), "--data_dir=missing"])
+
+
+WRONG = [
+    ("train_gpt2.py", "--data_dir=missing"), ("hellaswag.py", "--data=missing"),
+    ("fineweb.py", "--inspect=missing"), ("fineweb.py", "--input=missing", "--out_dir=log"),
+]  # fmt: skip
+WORDS = st.from_regex(r"--?[a-z_]{1,8}(=\w{0,8})?|[^\x00]{0,9}", fullmatch=True)
+
+
+@settings(max_examples=times(2, 20), phases=[Phase.generate])
+@given(st.sampled_from(WRONG), st.lists(WORDS, max_size=3))
+def test_any_command_without_data_ends_in_an_error_without_a_traceback(command, words):
+    program, *argv = command
+    command = [sys.executable, str(ROOT / program), *argv, *words, *argv]
+    done = subprocess.run(command, capture_output=True, timeout=300)
+    assert done.returncode and b"Traceback" not in done.stderr and b"error: " in done.stderr
+    assert not [path for path in Path().rglob("*") if path.is_file()]
