@@ -471,15 +471,11 @@ class GPT(nn.Module):
             sizes = dict(n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd)
             with torch.device("meta"):  # shapes without numbers: no memory is taken but the file's
                 model = cls(GPTConfig(hf.n_positions, hf.vocab_size, **sizes))
-            # OpenAI's own files lack the prefix and have causal masks, .attn.bias, as tensors.
-            tensors = {
-                name.removeprefix("transformer."): tensor.float()
-                for name, tensor in load_file(
-                    cached_file(name_or_path, "model.safetensors")
-                ).items()
-                if not name.endswith((".attn.bias", ".attn.masked_bias"))
-                and name != "lm_head.weight"
-            }
+            file = load_file(cached_file(name_or_path, "model.safetensors"))
+            # OpenAI's own lack the prefix, and hold causal masks, which are no weights.
+            skip = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")
+            names = {n: n.removeprefix("transformer.") for n in file if not n.endswith(skip)}
+            tensors = {name: file[n].float() for n, name in names.items()}
             model.transformer.load_state_dict(transpose_conv1d(tensors), assign=True)
             model.lm_head.weight = model.transformer.wte.weight
         except Exception as e:  # the hub, safetensors and transformers each fail in their own ways
@@ -725,6 +721,8 @@ def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
         device = "cuda" if cuda else "mps" if mps else "cpu"
     if not dict(cuda=cuda, mps=mps, cpu=True)[device]:
         raise ValueError(f"device={device}: PyTorch finds none on this machine")
+    if device == "cpu" and precision == "fp16":
+        raise ValueError("precision=fp16: a CPU emulates it, very slowly; take bf16 or fp32")
     if precision == "auto" and device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if native else "fp16"
@@ -828,13 +826,14 @@ def load_checkpoint(path: str | Path) -> tuple[GPT, dict[str, Any]]:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
-            size = sum(record.file_size for record in archive.infolist())
+            if any(record.external_attr or record.compress_type for record in archive.infolist()):
+                raise ValueError("its directory is damaged")  # torch writes 0 for both
         state = torch.load(path, map_location="cpu", weights_only=True)
         with torch.device("meta"):  # shapes without numbers: no memory is taken but the file's
             model = GPT(GPTConfig(**state["config"]))
         model.load_state_dict(state["model"], assign=True)
         model.lm_head.weight = model.transformer.wte.weight
-        if max(size, 4 * model.num_params()) > os.path.getsize(path):
+        if 4 * model.num_params() > os.path.getsize(path):
             raise ValueError("it claims to hold more than it does")
         return model.float(), state
     except Exception as e:  # zip, pickle and torch each fail in ways of their own

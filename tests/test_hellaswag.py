@@ -333,6 +333,7 @@ def test_any_line_is_an_example_that_can_be_scored_or_named_in_one_line(tmp_path
     except ValueError as e:
         assert str(e).startswith(str(tmp_path / "any.jsonl")) and "\n" not in str(e)
         return
+    assert examples[0]["label"] in range(4)
     for harness in (False, True):
         nats, _, _ = hellaswag.score(make_model(), tokenizer, examples, Worker(), harness=harness)
         assert nats.isfinite().all()

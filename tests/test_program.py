@@ -612,6 +612,10 @@ def test_a_device_that_is_not_there_is_one_clear_line(data_dir):
     fails(flags(data_dir=data_dir, device="cuda"), "device=.?cuda")
 
 
+def test_a_precision_that_the_device_only_emulates_is_refused(data_dir):
+    fails(flags(data_dir=data_dir, device="cpu", precision="fp16"), "precision=fp16", "bf16")
+
+
 def test_a_directory_that_holds_a_run_is_not_overwritten(finished, data_dir):
     shutil.copytree(finished, "run")
     before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}

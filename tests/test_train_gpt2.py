@@ -754,6 +754,7 @@ def test_a_flipped_byte_in_a_checkpoint_is_detected_or_of_no_effect(damaged):
     flips = [(rng.randrange(end), 1 << rng.randrange(8)) for _ in range(times(100, 2000))]
     flips += [(rng.randrange(directory, end), 1 << rng.randrange(8)) for _ in range(200)]
     flips += [(directory + 10, method) for method in (8, 12, 14, 255)]  # how it is compressed
+    flips += [(whole.rindex(b"archive/data/3") - 8, 16)]  # a folder, of which torch reads nothing
     (model, state), detected = load_checkpoint(write(whole)), 0
     for at, bits in flips:
         content = bytearray(whole)
