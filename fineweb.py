@@ -616,12 +616,11 @@ def read_record(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text("utf-8"))
         record["splits"] = {split: Counter(record["splits"][split]) for split in ("train", "val")}
         numbers = [number for totals in record["splits"].values() for number in totals.values()]
-        if path.name == "progress.json":
-            for position in record["positions"].values():
-                part, batch = position["place"]
-                numbers += [position["shard"], part, batch, position["offset"]]
-        else:
+        if path.name == "meta.json":
             record.pop("positions", None)
+        for position in record.get("positions", {}).values():
+            part, batch = position["place"]
+            numbers += [position["shard"], part, batch, position["offset"]]
         if any(type(number) is not int or number < 0 for number in numbers):
             raise ValueError("has numbers that cannot be")
         return record | {"arguments": dict(record["arguments"])}
@@ -637,7 +636,7 @@ def open_record(out_dir: Path, arguments: dict[str, Any], streams: Iterable[str]
             if changes := "; ".join(f"{n} {old.get(n)!r}, now {arguments.get(n)!r}" for n in names):
                 way_out = "use the same, or another --out_dir, or delete this one"
                 raise ValueError(f"{out_dir} has other arguments ({changes}): {way_out}")
-            if path.name == "progress.json" and set(record["positions"]) != set(streams):
+            if path.name == "progress.json" and set(record.get("positions", ())) != set(streams):
                 raise ValueError(f"{path} is damaged: delete {out_dir}, make it again")
             return record
     for path in [*out_dir.glob("*.npy"), *out_dir.glob("encoder.json"), *out_dir.glob("vocab.bpe")]:

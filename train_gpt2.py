@@ -10,13 +10,15 @@ the corpus is Python's own standard library and the preset `quick`. Where it has
 `gpt2`: 124M parameters, 10B tokens, 19,073 steps of 524,288 tokens. `--help` lists every flag.
 
 A language model turns a sequence of tokens (whole numbers, each standing for a piece of text) into
-a probability for every possible next token. GPT-2 does it so:
+a probability for every possible next token. This is how GPT-2 does it:
 
     idx (B, T) ─wte, wpe─▶ x (B, T, C) ─L blocks─▶ x (B, T, C) ─ln_f, lm_head─▶ logits (B, T, V)
 
-Each token becomes a vector of C numbers: what it is (wte) plus where it stands (wpe). Each block
-adds to it twice: attention brings in what earlier tokens have to say, the MLP works on each token
-alone. The head compares the result with the vector of every token in the vocabulary.
+Each token becomes a vector of C numbers, what it is (wte) plus where it stands (wpe): the residual
+stream. Each block adds to it twice: attention brings in what earlier tokens have to say, the MLP
+works on each token alone. The head compares the result with the vector of every token; softmax
+turns these V scores, the logits, into probabilities. Training lowers the loss: -ln of the
+probability that the true next token got, in nats, as the logarithm is the natural one.
 
 Notation, everywhere in this project:
     B  sequences in a batch          C   channels, the width of the model (n_embd)
@@ -88,7 +90,7 @@ class GPTConfig(Options):
     """The shape of a model; by default that of GPT-2 small, 124M parameters."""
 
     block_size: int = option(1024, "longest context, tokens: the rows of wpe", 1, 2**20)
-    vocab_size: int = option(50257, "rows of wte, tokens", 1, 2**20)
+    vocab_size: int = option(50257, "rows of wte (default: the tokens, padded: 50304)", 1, 2**20)
     n_layer: int = option(12, "blocks", 1, 1024)
     n_head: int = option(12, "attention heads of a block", 1, 1024)
     n_embd: int = option(768, "channels, a multiple of n_head", 1, 2**16)
@@ -116,7 +118,7 @@ class TrainConfig(Options):
     warmup_steps: int = option(715, "steps of warm-up (default: 375M tokens, as GPT-3)")
     max_lr: float = option(6e-4, "the learning rate's peak (default: GPT-3's)", 1e-12, 1e3)
     min_lr_ratio: float = option(0.1, "learning rate at the end, as a share of the peak", 0, 1)
-    weight_decay: float = option(0.1, "share of a weight that a step takes off, times the rate")
+    weight_decay: float = option(0.1, "share of each weight removed a step, times the rate")
     grad_clip: float = option(1.0, "the gradient's largest norm; 0 for any")
     eval_every: int = option(250, "steps from one evaluation to the next", 1)
     val_tokens: int = option(20 * 2**19, "tokens of an evaluation, at most", 1)
@@ -129,7 +131,7 @@ class TrainConfig(Options):
     compile: str = option("auto", "torch.compile (auto: on CUDA)", choices="auto on off")
 
     def micro_steps(self, world_size: int) -> int:
-        """Micro-steps in a step: B·T tokens on each worker, until they are total_batch_size."""
+        """How many passes of B·T tokens a worker adds up for one step, too large for its memory."""
         tokens = self.micro_batch_size * self.seq_len * world_size
         if self.total_batch_size % tokens:
             nearest = max(1, round(self.total_batch_size / tokens)) * tokens
@@ -194,25 +196,26 @@ class CausalSelfAttention(nn.Module):
         # A token's query says what it looks for, its key what it can be found by, its value what it
         # gives. One matrix makes all three, as one large product is faster than three small ones.
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
-        # A head is hs of the C channels. Splitting is a view: no number moves.
+        # A head is hs of the C channels. Splitting is a view, no number moves: (B, nh, T, hs) each.
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))
-        if cache is not None:  # q, k, v: (B, nh, T, hs) each
+        if cache is not None:
             cache[0, :, :, past : past + T], cache[1, :, :, past : past + T] = k, v
             k, v = cache[:, :, :, : past + T]  # (B, nh, past + T, hs) each
         if mask is None and attends_by_hand(x.device, q.dtype, T):
             # By hand: 1.25 times as fast, for a step of the quick preset, as the kernel below.
             # The scores are divided by √hs: a sum of hs products of variance 1 has variance hs, and
-            # softmax of such numbers picks one token and passes no gradient. Causal: the scores of
-            # later tokens become -inf, so their weights are 0.
+            # softmax of large numbers picks one token, with hardly a gradient. Causal: the scores
+            # of later tokens become -inf, so their weights are 0.
             later = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)  # 0 up to the diagonal
             scores = q / math.sqrt(q.size(-1)) @ k.mT + later  # (B, nh, T, T)
             weights = scores.softmax(dim=-1)  # each row sums to 1
             y = F.dropout(weights, self.dropout, self.training) @ v  # (B, nh, T, hs)
         else:
-            # The same in one kernel that never holds a (T, T) matrix: FlashAttention,
-            # arXiv:2205.14135. (is_causal would show a single query, the last, the first key only.)
+            # The same in one call. Where the device has such a kernel (FlashAttention,
+            # arXiv:2205.14135) no (T, T) matrix is ever held. is_causal is the mask from above. A
+            # single query is the last token and may see all keys; is_causal would leave it one.
             y = F.scaled_dot_product_attention(
-                q, k, v, mask, self.dropout if self.training else 0.0, mask is None and T > 1
+                q, k, v, mask, self.dropout * self.training, is_causal=mask is None and T > 1
             )  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again; c_proj mixes them
         return self.resid_dropout(self.c_proj(y))
@@ -239,9 +242,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Communication (attention), then computation (MLP); each adds to the residual stream x.
 
-    Pre-norm (GPT-2, section 2.3): LayerNorm stands at the entrance of a sublayer and not on the
-    stream, so that the loss's gradient reaches every block through additions alone. It brings the C
-    numbers of each token to mean 0 and variance 1, then scales and shifts them by learned vectors:
+    Pre-norm (GPT-2, section 2.3): LayerNorm stands before each sublayer, not on the stream after it
+    (post-norm, Vaswani et al.), so the gradient below ln_f reaches every block through additions
+    alone. It brings each token's C numbers, by themselves, to mean 0 and variance 1, then scales
+    and shifts them by two learned vectors:
     however large the stream has grown, a sublayer's input has one size.
     """
 
@@ -278,9 +282,9 @@ class CrossEntropy(torch.autograd.Function):
     """logits (N, V), targets (N,) → the sum of -ln softmax(logits)[target], nats: ().
 
     Its gradient is softmax(logits), less 1 at the target: what is believed minus what is true. It
-    overwrites the logits, by far the largest tensor of a step, some rows at a time, which fit into
-    a CPU's cache, and in fp32, as a softmax over V terms wants it. F.cross_entropy keeps three such
-    tensors: at B=8, T=1024 a 124M step takes 7.8 GB and 1.3 times as long with it, this 6.3 GB.
+    is written over the logits, by far the largest tensor of a step, a few rows at a time: they fit
+    into a CPU's cache, and only they are held in fp32, which sums over V terms need. At B=8, T=1024
+    a 124M step takes 6.4 GB so, with F.cross_entropy 11.1 and 1.24 times as long.
     """
 
     @staticmethod
@@ -289,7 +293,7 @@ class CrossEntropy(torch.autograd.Function):
         for some, target in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
             x = some.float()  # (rows, V)
             p = x.softmax(dim=1)
-            # ln Σ exp(x) from its largest term, whose p cannot be too small for a logarithm.
+            # p = exp(x) / Σ exp(x), so ln Σ exp(x) = x - ln p; safest for the largest p.
             loss += (x.amax(dim=1) - p.amax(dim=1).log()).sum() - x.gather(1, target).sum()
             some.copy_(p.scatter_add_(1, target, p.new_full(target.shape, -1.0)))
         ctx.save_for_backward(logits)
@@ -325,8 +329,9 @@ class GPT(nn.Module):
         """Matrices normal with standard deviation 0.02, biases 0; LayerNorms are the identity.
 
         2L sublayers add to the residual stream, and variances add up: scaled by 1/√(2L), their last
-        projections together add as much as one would (GPT-2, section 2.3). The logits then have
-        variance 0.02²·C, and the first loss is ln V + 0.02²·C / 2: a uniform guess has ln V.
+        projections together add as much as one would (GPT-2, section 2.3). ln_f gives the head C
+        numbers of variance 1: a logit has variance 0.02²·C, and the first loss is about
+        ln V + 0.02²·C / 2, where a uniform guess has ln V.
         """
         for name, p in self.named_parameters():  # which gives the tied tensor once
             if p.dim() == 2:
@@ -343,7 +348,8 @@ class GPT(nn.Module):
         """FLOPs a token, forward and backward, in sequences of T (arXiv:2204.02311, appendix B).
 
         Forward a multiplication and an addition for each weight, backward twice that; wpe is only
-        looked up. Scores and weighted sums: 4·T·C a block forward, as much twice backward.
+        looked up, wte multiplies as the head. Scores and weighted sums: 4·T·C a block, the masked
+        half counted too, and backward twice that.
         """
         c = self.config
         return 6 * (self.num_params() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
@@ -356,7 +362,8 @@ class GPT(nn.Module):
 
         pos (T,) or (B, T): the tokens' positions, where they are not past, past + 1, …
         mask (B, 1, T, T): true where a query may look, where that is not at all tokens up to it.
-        cache (L, 2, B, nh, block_size, hs): keys and values of `past` tokens; gets those of idx.
+        cache (L, 2, B, nh, block_size, hs): keys and values of `past` tokens; gets those of idx,
+            which is one token where past > 0: the mask above would be wrong for several.
         """
         if pos is None:
             end = past + idx.size(1)
@@ -364,7 +371,8 @@ class GPT(nn.Module):
                 raise ValueError(f"{end} tokens are more than block_size={self.config.block_size}")
             pos = torch.arange(past, end, device=idx.device)  # (T,)
         # Looking up a row of wte is multiplying by a one-hot vector, without the zeros. Positions
-        # are learned rows too, no formula: so there are none beyond block_size.
+        # are learned rows too, no formula: so there are none beyond block_size. Without them a
+        # token would see the earlier ones as a heap, with no order.
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
@@ -381,22 +389,21 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x)
         logits, targets = self.lm_head(x).flatten(0, 1), targets.flatten()  # (B·T, V), (B·T,)
-        if logits.is_cuda or torch.compiler.is_compiling():  # which makes few kernels of it
+        if logits.is_cuda or torch.compiler.is_compiling():  # compiled, it is fused
             return F.cross_entropy(logits.float(), targets)
         return CrossEntropy.apply(logits, targets) / len(targets)
 
     @contextlib.contextmanager
     def inference(self, dtype: torch.dtype, rows: int) -> Iterator[None]:
-        """Within, dropout is off, and a CPU has the weights in oneDNN's own order, for such rows.
+        """Inside, dropout is off and a CPU's weights are packed as oneDNN wants them for such rows.
 
-        Otherwise it reorders them in every call, which for few rows takes longer than the product:
+        Unpacked, it packs them in every call, which for few rows takes longer than the product:
         124M generates 1.2 to 1.3 times as fast in bf16, 1.7 to 2.9 times in fp32.
         """
         oneDNN, was_training = torch.ops.mkldnn, self.training
-        able = (
-            dtype == torch.float32 or dtype == torch.bfloat16 and oneDNN._is_mkldnn_bf16_supported()
-        )
-        able &= self.lm_head.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        bf16 = dtype == torch.bfloat16 and oneDNN._is_mkldnn_bf16_supported()
+        able = (dtype == torch.float32 or bf16) and torch.backends.mkldnn.is_available()
+        able &= self.lm_head.weight.device.type == "cpu"
         linears = [m for m in self.modules() if isinstance(m, nn.Linear) and able]
         for m in linears:
             weight = oneDNN._reorder_linear_weight(m.weight.to(dtype), rows)
@@ -428,7 +435,7 @@ class GPT(nn.Module):
         position, and all is computed anew.
         """
         if idx.size(1) == 0:
-            raise ValueError("the prompt is empty: it needs a token at least")
+            raise ValueError("the prompt is empty: it needs at least one token")
         c, kind, past = self.config, idx.device.type, 0
         mixed = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if mixed else self.lm_head.weight.dtype
@@ -517,7 +524,7 @@ class GPT(nn.Module):
 
 def transpose_conv1d(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """OpenAI wrote these layers as 1×1 convolutions, (in, out), and Hugging Face keeps that layout
-    ("Conv1D"); nn.Linear's is (out, in). So they cross over transposed, in both directions."""
+    ("Conv1D"); nn.Linear's is (out, in). So both loading and saving transpose."""
     conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     return {name: t.T.contiguous() if name.endswith(conv1d) else t for name, t in tensors.items()}
 
@@ -539,10 +546,11 @@ def get_lr(step: int, cfg: TrainConfig) -> float:
 
 
 def orthogonalize(g: Tensor) -> Tensor:
-    """A matrix (…, rows, columns) with all its singular values brought to about 1, in g's dtype.
+    """A matrix (…, rows, columns) with all its singular values brought near 1, in g's dtype.
 
-    Newton–Schulz iteration: the quintic aX + bXXᵀX + c(XXᵀ)²X drives every singular value in (0, 1]
-    towards 1; five steps do (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    Newton–Schulz iteration. Divided by its norm g has none above 1; aX + bXXᵀX + c(XXᵀ)²X lifts the
+    small ones, and five steps bring most to 0.7 … 1.2. a, b, c (below) are chosen for speed: it
+    goes no nearer to 1 (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
     """
     x = g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     x = x.mT if (tall := x.size(-2) > x.size(-1)) else x  # of x·xᵀ and xᵀ·x the smaller
@@ -555,9 +563,10 @@ def orthogonalize(g: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal: a step moves every direction of a matrix by the same amount.
 
-    A few directions dominate a gradient; so the rare ones learn as fast. Updates are scaled to the
-    RMS of AdamW's, 0.2·√max(rows, columns), so one learning rate serves both (arXiv:2502.16982).
-    A group is of matrices of one shape, computed as one batch: 4 % off a step of the quick preset.
+    A few directions dominate a gradient; so the rare ones learn as fast. An orthogonal matrix has
+    RMS 1/√max(rows, columns); 0.2·√max(rows, columns) times that is 0.2, about AdamW's, so one
+    learning rate serves both (arXiv:2502.16982). A group is of matrices of one shape, computed as
+    one batch: 4 % off a step of the quick preset.
     """
 
     def __init__(self, groups: list[list[Tensor]], weight_decay: float, dtype: torch.dtype) -> None:
@@ -587,7 +596,8 @@ def configure_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW (arXiv:1711.05101); for cfg.optimizer="muon" Muon takes the blocks' matrices from it.
 
-    Decay pulls matrices towards 0, against overfitting. Biases and LayerNorms are few, and a scale
+    AdamW divides a weight's average gradient by its usual size; betas are GPT-3's. Decay keeps the
+    matrices, wte and wpe too, from growing without end. Biases and LayerNorms have none: a scale
     pulled to 0 would shut its channel. fused: one kernel for the whole update, on any device here.
     """
     params = dict(model.named_parameters())
@@ -619,8 +629,9 @@ class DataLoaderLite:
     between them says what happened. An epoch of the training split visits every window once, the
     shards shuffled and the windows shuffled in each; validation comes in order.
 
-    So a step's tokens depend neither on B nor on the number of workers, each knows its part
-    without asking, and a run goes on from its step number alone. Errors: ValueError.
+    Micro-batch i takes the next world_size · B windows, rank 0 the first B, rank 1 the next B, …:
+    no two workers read the same, and none has to ask. A step's tokens depend neither on B nor on
+    the number of workers, and a run goes on from its step number alone. Errors: ValueError.
     """
 
     def __init__(
@@ -671,7 +682,7 @@ class DataLoaderLite:
 class Worker:
     """This process: its place among those that train together, and what it computes with.
 
-    torchrun starts many, plain python one. All have the same weights and each has other data; their
+    torchrun starts many, plain python one. All hold the same weights, each reads other data; their
     gradients are averaged, so that all take the same step (data parallelism).
     """
 
@@ -682,7 +693,7 @@ class Worker:
 
     def print(self, *text: str) -> None:
         if self.rank == 0:
-            with contextlib.suppress(OSError):  # a full disk behind it is worth no run
+            with contextlib.suppress(OSError):  # a full disk must not end a run
                 print(*text, sep="\n", flush=True)
 
     def gather(self, *values: float) -> Tensor:
@@ -695,8 +706,9 @@ class Worker:
         return torch.stack(everyone).cpu()
 
     def autocast(self) -> torch.autocast:
-        """Mixed precision: matrix products in dtype. The weights, their gradients, the optimizer's
-        state, the residual stream and the loss stay fp32: it saves time and activations' memory."""
+        """Mixed precision: matrix products in dtype, which saves time and memory. Weights, their
+        gradients, the optimizer's state, the residual stream and the loss stay fp32: what a step
+        adds to a weight, or a block to the stream, would often be lost in bf16's 8 bits."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def matmul_rate(self) -> float:
@@ -713,8 +725,8 @@ class Worker:
 def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
     """Join the workers that torchrun started; choose device and precision. Errors: ValueError.
 
-    bf16 where the hardware has it: fp32's range, 8 bits of mantissa. fp16 on older CUDA cards: 11
-    bits, but nothing below 6e-8. (A device that emulates bf16 is slow, and may say it supports it.)
+    bf16 where the hardware has it: fp32's range, 8 significant bits. fp16 on older CUDA cards: 11,
+    but nothing below 6e-8. (A device that emulates bf16 is slow, and may say it supports it.)
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if device == "auto":
@@ -749,7 +761,7 @@ def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
         # again: without this a 124M step on two cores takes 1.5 times as long.
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
-    torch.set_float32_matmul_precision("high")  # TF32: fp32 with a 10-bit mantissa in products
+    torch.set_float32_matmul_precision("high")  # TF32: fp32's range, fp16's 11 bits
     dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
     return Worker(rank, world_size, torch.device(device), dtypes[precision])
 
@@ -808,8 +820,8 @@ def list_checkpoints(log_dir: str | Path) -> list[Path]:
 
 def save_checkpoint(log_dir: Path, keep_every: int, step: int, **state: Any) -> None:
     """Save what a run needs to go on after `step` steps. The rest (data order, learning rate,
-    dropout, samples) are functions of the step. Of the older ones, but for the newest two, those of
-    every keep_every steps stay. Errors: OSError."""
+    dropout, samples) are functions of the step. Of the checkpoints the newest two stay, and each
+    whose step is a multiple of keep_every. Errors: OSError."""
     with fineweb.whole_file(log_dir / f"checkpoint_{step:06d}.pt") as file:
         torch.save(state | {"step": step}, file)
     for old in list_checkpoints(log_dir)[:-2]:
@@ -885,13 +897,8 @@ def plot_log(log_dir: Path) -> None:
     for ax, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for key in panels[title]:
             points = [(r["step"], r[key]) for r in records if {"step", key} <= r.keys()]
-            ax.plot(
-                *np.reshape(points, (-1, 2)).T,
-                "-" if key == "loss" else "o-",
-                label=key,
-                ms=4,
-                lw=1,
-            )
+            style = "-" if key == "loss" else "o-"
+            ax.plot(*np.reshape(points, (-1, 2)).T, style, label=key, ms=4, lw=1)
         ax.set(title=title, xlabel="step")
         ax.legend()
     with fineweb.whole_file(log_dir / "loss.png") as file:
@@ -899,8 +906,8 @@ def plot_log(log_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def worth_no_run() -> Iterator[None]:
-    """What fails in here, on a full disk say, is said, and training goes on."""
+def only_warn() -> Iterator[None]:
+    """An error in here, a full disk say, is printed as a warning, and training goes on."""
     try:
         yield
     except Exception as e:
@@ -959,7 +966,7 @@ def train(
     examples = hellaswag.load_examples(worker) if cfg.hellaswag == "on" else []
     optimizers = configure_optimizers(model, cfg, worker.dtype)
     # A gradient below 6e-8 would be 0 in fp16. The scaler multiplies the loss and divides the
-    # gradients; when they overflowed it halves its factor. For other dtypes it does nothing.
+    # gradients; when they overflow it halves its factor. For other dtypes it does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=worker.dtype == torch.float16)
     start = restore(log_dir, model, optimizers, scaler) if resume else 0
     if start > cfg.max_steps or len(worker.gather(start).unique()) > 1:
@@ -974,12 +981,12 @@ def train(
     def micro_step(i: int) -> Tensor:
         """Add micro-batch i to the gradients → its part of the step's loss."""
         x, y = train_loader.batch(i)
-        if device.type == "cuda":  # from pinned memory a copy runs beside the computation
+        if device.type == "cuda":  # from pinned memory the CPU need not wait for the copy
             x, y = x.pin_memory(), y.pin_memory()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         with worker.autocast():
-            # Gradients of micro-steps add up, each that of a mean over B·T tokens. The step's is to
-            # be that of the mean over all its tokens: hence the division.
+            # backward() adds to the gradients, and each loss is a mean over B·T tokens. Divided,
+            # they add up to the mean over all of the step's tokens, as one large batch has it.
             loss = net(x, y) / accumulation
         scaler.scale(loss).backward()
         return loss.detach()
@@ -1005,7 +1012,7 @@ def train(
     def log(record: dict[str, Any]) -> None:
         worker.print(" | ".join(f"{key} {value:.5g}" for key, value in record.items()))
         if master:
-            with worth_no_run(), open(log_dir / "log.jsonl", "a", encoding="utf-8") as file:
+            with only_warn(), open(log_dir / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
     for step in range(start, cfg.max_steps + 1):
@@ -1018,33 +1025,35 @@ def train(
             record |= hellaswag.evaluate(model, tokenizer, examples, worker) if examples else {}
             log(record)
             if master:
-                with worth_no_run():
+                with only_warn():
                     plot_log(log_dir)
                 settings = dict(n=4, seed=cfg.seed, max_new_tokens=32, top_k=50)
                 for text in sample_texts(model, tokenizer, worker, cfg.sample_prompt, **settings):
                     worker.print(f"  {text!r}")
         if master and step > start and (step % cfg.checkpoint_every == 0 or last or signum):
-            with worth_no_run():
+            with only_warn():
                 save_checkpoint(
                     log_dir, 10 * cfg.checkpoint_every, step, config=asdict(model.config),
                     train_config=asdict(cfg), model=model.state_dict(), scaler=scaler.state_dict(),
                     optimizers=[optimizer.state_dict() for optimizer in optimizers],
                 )  # fmt: skip
         if last or signum:
-            break
+            break  # the last turn only evaluates and saves
 
         began, lr = time.perf_counter(), get_lr(step, cfg)
         torch.manual_seed((cfg.seed + step) * worker.world_size + worker.rank)  # of dropout
         loss = torch.zeros((), device=device)
         for i in range(accumulation):
-            # DDP averages gradients over the workers in the backward pass. Once a step is enough.
+            # DDP averages gradients in the backward pass; once a step is enough.
             net.require_backward_grad_sync = i == accumulation - 1
             loss += micro_step(step * accumulation + i)
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
+        # The norm of all gradients is capped: one odd batch must not throw the weights far.
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
         told = worker.gather(loss.item(), signals[0] if signals else 0)  # (world_size, 2)
         losses, signum = told[:, 0], int(told[:, 1].max())
+        # fp16 may overflow: the step is skipped, as the scaler adapts. Ten in a row are a failure.
         skipped = 0 if math.isfinite(norm) else skipped + 1
         if not losses.isfinite().all() or skipped == (10 if scaler.is_enabled() else 1):
             raise FloatingPointError(
@@ -1095,9 +1104,7 @@ def restore(
         model.load_state_dict(saved.state_dict())
         return state["step"]
     if list_checkpoints(log_dir):
-        raise ValueError(
-            f"{log_dir}: none of its checkpoints is whole; another log_dir starts anew"
-        )
+        raise ValueError(f"{log_dir}: none of its checkpoints is whole; name another log_dir")
     return 0
 
 
@@ -1118,9 +1125,7 @@ def parse(argv: Sequence[str] | None) -> dict[str, Any]:
     for config in (GPTConfig, TrainConfig, SampleConfig):
         group = parser.add_argument_group(config.__name__)
         for field in dataclasses.fields(config):
-            how: dict[str, Any] = dict(
-                type=field.type, choices=field.metadata["allowed"][2] or None
-            )
+            how: dict = dict(type=field.type, choices=field.metadata["allowed"][2] or None)
             if field.type is bool:
                 how = dict(action=argparse.BooleanOptionalAction)
             help = field.metadata["help"]
@@ -1212,10 +1217,12 @@ def run(flags: dict[str, Any]) -> None:
         fineweb.open_shards(cfg.data_dir, split)  # an error here comes before anything is computed
     model = make_model(flags, of(GPTConfig, chosen), cfg).to(worker.device)
     signum = train(model, cfg, worker, flags.get("resume", False), signals)
+    status = 128 + signum if signum else 0
     if worker.world_size > 1:
         dist.destroy_process_group()
-    if signum:
-        sys.exit(128 + signum)
+        os._exit(status)  # gloo's threads can abort a process that ends in Python's usual way
+    if status:
+        sys.exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

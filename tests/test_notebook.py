@@ -105,13 +105,15 @@ def cells(executed, sandbox, monkeypatch):
 
 def no_mask(monkeypatch):
     attention = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, *_: attention(q, k, v))
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, k, v, *_, **__: attention(q, k, v)
+    )
 
 
 def no_scale(monkeypatch):
     attention = F.scaled_dot_product_attention
 
-    def broken(q, k, v, *_):
+    def broken(q, k, v, *_, **__):
         return attention(q, k, v, is_causal=True, scale=1.0)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", broken)
