@@ -58,7 +58,7 @@ from train_gpt2 import GPT, PRESETS, DataLoaderLite, GPTConfig, TrainConfig, Wor
 CONFIG = GPTConfig(vocab_size=train_gpt2.padded(50257))  # GPT-2 small, 124M
 STEP, BIG_STEP = (4, 256), (8, 1024)  # B and T
 NEW_TOKENS, STRIDE = 256, 32  # STRIDE: see plain_generate
-EXAMPLES = 40  # of HellaSwag
+EXAMPLES = 32  # of HellaSwag
 HERE = Path(__file__).parent
 
 Turn = dict[str, float]  # what a contender measured in a turn
@@ -460,7 +460,7 @@ def bench_growth(worker: Worker, data: Path) -> None:
         return f"{B * T / turn['rate']:.2g} s {turn['gb']:.2g} GB"
 
     base = dict(B=1, T=256, L=12)
-    for axis, values in dict(T=(128, 256, 1024), B=(1, 4), L=(6, 12)).items():
+    for axis, values in dict(T=(128, 256, 1024), B=(1, 2), L=(6, 12)).items():
         fixed = ", ".join(f"{key}={base[key]}" for key in base if key != axis)
         points = [point(**base | {axis: value}) for value in values]
         row(f"step, {fixed}, {axis} = {', '.join(map(str, values))}", ", ".join(points))
@@ -505,7 +505,7 @@ def bench_long(worker: Worker, data: Path) -> None:
         evaluations = [record for record in log if "val_loss" in record]
         return [(r["step"], took[r["step"]], r["val_loss"]) for r in evaluations]
 
-    tuning = {lr: curve("adamw", lr, seed=1) for lr in (2e-3, 4e-3, 8e-3)}
+    tuning = {lr: curve("adamw", lr, seed=1) for lr in (1e-3, 2e-3, 4e-3)}
     best, muon = min(tuning, key=lambda lr: tuning[lr][-1][2]), quick(data)[1].max_lr
     curves = {
         f"AdamW at {best}, of {', '.join(map(str, tuning))} the best rate":

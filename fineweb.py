@@ -868,6 +868,7 @@ def run(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; its exit status."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that lacks a character
     try:
         run(argv)
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ compared with one another, have published figures (of the split val; standard er
                                         hellaswag_acc  _acc_norm    harness_acc  _acc_norm
     GPT-2 124M                                  .2859      .2955          .2892      .3114
     GPT-2 XL                                    .3842      .4893          .4004      .5089
-    GPT-3 124M, scored in its own way                       .337
+    GPT-3 Small, scored in its own way                      .337
     (GPT-2: github.com/karpathy/build-nanogpt, hellaswag.py; GPT-3: arXiv:2005.14165, table H.1)
 
 hellaswag_ is the way of build-nanogpt and llm.c, by which reproductions of GPT-2 are compared: the
@@ -320,6 +320,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that lacks a character
     try:
         run(argv)
     except (ValueError, OSError, torch.OutOfMemoryError) as e:

@@ -35,20 +35,19 @@ gives the details of training that the GPT-2 paper leaves out.
 import argparse
 import contextlib
 import ctypes
-import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
 import os
 import platform
 import signal
-import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +58,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tiktoken import Encoding
 from torch import Tensor
-from torch.nn.attention import SDPBackend
-from torch.nn.parallel import DistributedDataParallel
 
 import fineweb
 
@@ -70,19 +67,19 @@ import fineweb
 def option(default: Any, help: str, low: float = 0, high: float = 2**40, choices: str = "") -> Any:
     """A dataclass field that is a command-line flag too: its help and the values it may have."""
     allowed = (low, high, choices.split())
-    return dataclasses.field(default=default, metadata=dict(help=help, allowed=allowed))
+    return field(default=default, metadata=dict(help=help, allowed=allowed))
 
 
 class Options:
     """A dataclass of options. ValueError names the first whose value is not allowed."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, (low, high, choices) = getattr(self, field.name), field.metadata["allowed"]
+        for f in fields(self):
+            value, (low, high, choices) = getattr(self, f.name), f.metadata["allowed"]
             if choices and value not in choices:
-                raise ValueError(f"{field.name}={value!r} is not one of {', '.join(choices)}")
-            if field.type in (int, float) and not low <= value <= high:
-                raise ValueError(f"{field.name}={value!r} is not from {low} to {high}")
+                raise ValueError(f"{f.name}={value!r} is not one of {', '.join(choices)}")
+            if f.type in (int, float) and not low <= value <= high:
+                raise ValueError(f"{f.name}={value!r} is not from {low} to {high}")
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,6 @@ class GPTConfig(Options):
     n_head: int = option(12, "attention heads of a block", 1, 1024)
     n_embd: int = option(768, "channels, a multiple of n_head", 1, 2**16)
     dropout: float = option(0.0, "share of activations zeroed in training", 0, 0.999)
-    bias: bool = option(True, "biases in linear layers and LayerNorms, as GPT-2 has them")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,7 +167,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def attends_by_hand(device: torch.device, dtype: torch.dtype, T: int) -> bool:
-    """Where the hand-written form below is faster than PyTorch's kernel."""
+    """Where the form by hand below beats PyTorch's kernel: 1.25 times, in a step of quick."""
     return device.type == "cpu" and dtype == torch.bfloat16 and 1 < T <= 256
 
 
@@ -184,8 +180,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -202,7 +198,6 @@ class CausalSelfAttention(nn.Module):
             cache[0, :, :, past : past + T], cache[1, :, :, past : past + T] = k, v
             k, v = cache[:, :, :, : past + T]  # (B, nh, past + T, hs) each
         if mask is None and attends_by_hand(x.device, q.dtype, T):
-            # By hand: 1.25 times as fast, for a step of the quick preset, as the kernel below.
             # The scores are divided by √hs: a sum of hs products of variance 1 has variance hs, and
             # softmax of large numbers picks one token, with hardly a gradient. Causal: the scores
             # of later tokens become -inf, so their weights are 0.
@@ -230,8 +225,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -245,15 +240,15 @@ class Block(nn.Module):
     Pre-norm (GPT-2, section 2.3): LayerNorm stands before each sublayer, not on the stream after it
     (post-norm, Vaswani et al.), so the gradient below ln_f reaches every block through additions
     alone. It brings each token's C numbers, by themselves, to mean 0 and variance 1, then scales
-    and shifts them by two learned vectors:
-    however large the stream has grown, a sublayer's input has one size.
+    and shifts them by two learned vectors: however large the stream has grown, a sublayer's input
+    has one size.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
@@ -265,7 +260,7 @@ def sample(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """Draw a token for each row of logits (B, V) → ids (B, 1). Settings: see GPT.generate."""
+    """Draw a token for each row of logits (B, V) → ids (B, 1). Settings: see SampleConfig."""
     if temperature == 0:
         return logits.argmax(dim=1, keepdim=True)
     V = logits.size(1)
@@ -310,14 +305,12 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        parts = dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),  # a row for each token
-            wpe=nn.Embedding(config.block_size, config.n_embd),  # a row for each position
-            drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-        )
-        self.transformer = nn.ModuleDict(parts)
+        t = self.transformer = nn.ModuleDict()
+        t.wte = nn.Embedding(config.vocab_size, config.n_embd)  # a row for each token
+        t.wpe = nn.Embedding(config.block_size, config.n_embd)  # a row for each position
+        t.drop = nn.Dropout(config.dropout)
+        t.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        t.ln_f = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # One tensor in two roles (arXiv:1608.05859): what a token means where it is read, and how
         # it scores where it is predicted, are learned as one. GPT-2 small saves 38.6M weights.
@@ -401,9 +394,9 @@ class GPT(nn.Module):
         124M generates 1.2 to 1.3 times as fast in bf16, 1.7 to 2.9 times in fp32.
         """
         oneDNN, was_training = torch.ops.mkldnn, self.training
-        bf16 = dtype == torch.bfloat16 and oneDNN._is_mkldnn_bf16_supported()
-        able = (dtype == torch.float32 or bf16) and torch.backends.mkldnn.is_available()
-        able &= self.lm_head.weight.device.type == "cpu"
+        able = self.lm_head.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if able and dtype != torch.float32:
+            able = dtype == torch.bfloat16 and oneDNN._is_mkldnn_bf16_supported()
         linears = [m for m in self.modules() if isinstance(m, nn.Linear) and able]
         for m in linears:
             weight = oneDNN._reorder_linear_weight(m.weight.to(dtype), rows)
@@ -425,10 +418,8 @@ class GPT(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Continue the rows of idx (B, T) → (B, T + max_new_tokens), or shorter if all rows stop.
 
-        temperature: 0 takes the likeliest token, 1 samples as the model believes. top_k: from the k
-        likeliest only. top_p: from the likeliest that together reach probability p only
-        (arXiv:1904.09751). stop: this token ends a row, which then repeats it. n_vocab: the
-        tokenizer's size, where wte is padded beyond it.
+        temperature, top_k, top_p (arXiv:1904.09751): see SampleConfig. stop: this token ends a row,
+        which then repeats it. n_vocab: the tokenizer's size, where wte is padded beyond it.
 
         No token looks ahead, so the keys and values of earlier ones never change: they are kept,
         and each step feeds one token. Past block_size the window slides, every token has a new
@@ -462,8 +453,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_path: str) -> "GPT":
         """gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, in Hugging Face's format, on the CPU.
 
-        Reads safetensors only, which hold numbers and no code. Errors: ValueError, which names what
-        is missing, left over, of another shape or of another architecture.
+        Reads safetensors only, which hold numbers and no code. Errors: ValueError, with the reason.
         """
         from safetensors.torch import load_file
         from transformers import AutoConfig, GPT2Config
@@ -472,32 +462,29 @@ class GPT(nn.Module):
         same = ("model_type", "activation_function", "layer_norm_epsilon", "scale_attn_weights",
                 "scale_attn_by_inverse_layer_idx", "tie_word_embeddings")  # fmt: skip
         try:
-            hf, gpt2 = AutoConfig.from_pretrained(name_or_path), GPT2Config()
-            if others := [key for key in same if getattr(hf, key, None) != getattr(gpt2, key)]:
+            c, gpt2 = AutoConfig.from_pretrained(name_or_path), GPT2Config()
+            if others := [key for key in same if getattr(c, key, None) != getattr(gpt2, key)]:
                 raise ValueError(f"not a GPT-2, it has another {', '.join(others)}")
-            sizes = dict(n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd)
             with torch.device("meta"):  # shapes without numbers: no memory is taken but the file's
-                model = cls(GPTConfig(hf.n_positions, hf.vocab_size, **sizes))
-            file = load_file(cached_file(name_or_path, "model.safetensors"))
+                model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
+            items = load_file(cached_file(name_or_path, "model.safetensors")).items()
             # OpenAI's own lack the prefix, and hold causal masks, which are no weights.
             skip = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")
-            names = {n: n.removeprefix("transformer.") for n in file if not n.endswith(skip)}
-            tensors = {name: file[n].float() for n, name in names.items()}
+            tensors = {n.removeprefix("transformer."): t for n, t in items if not n.endswith(skip)}
             model.transformer.load_state_dict(transpose_conv1d(tensors), assign=True)
             model.lm_head.weight = model.transformer.wte.weight
+            return model.float()
         except Exception as e:  # the hub, safetensors and transformers each fail in their own ways
             reason = " ".join((str(e) or repr(e)).split())
             raise ValueError(
                 f"no GPT-2 from {name_or_path!r}: {reason} (what can be: gpt2, gpt2-medium,"
                 " gpt2-large, gpt2-xl, or a folder with config.json and model.safetensors)"
             ) from e
-        return model
 
     def save_pretrained(self, folder: str | Path, tokenizer: Encoding | None = None) -> None:
         """Write a folder that transformers' AutoModelForCausalLM, AutoTokenizer and pipeline read.
 
-        Rows of wte beyond the tokenizer's vocabulary are left out. Where this model has no biases
-        they are written as zeros, which changes no logit. Errors: OSError.
+        Rows of wte beyond the tokenizer's vocabulary are left out. Errors: OSError.
         """
         from transformers import GPT2Config, GPT2LMHeadModel
         from transformers.utils.logging import disable_progress_bar
@@ -509,11 +496,10 @@ class GPT(nn.Module):
             n_positions=c.block_size, vocab_size=n_vocab, n_layer=c.n_layer, n_head=c.n_head,
             n_embd=c.n_embd, bos_token_id=eot, eos_token_id=eot,
         )  # fmt: skip
-        theirs = GPT2LMHeadModel(hf)  # its biases start at 0
-        tensors = transpose_conv1d(self.state_dict())
+        theirs, tensors = GPT2LMHeadModel(hf), transpose_conv1d(self.state_dict())
         for name in ("transformer.wte.weight", "lm_head.weight"):
             tensors[name] = tensors[name][:n_vocab]
-        theirs.load_state_dict(tensors, strict=c.bias)
+        theirs.load_state_dict(tensors)
         try:
             theirs.save_pretrained(folder)
         except Exception as e:  # safetensors has an error of its own for a full disk
@@ -598,19 +584,17 @@ def configure_optimizers(
 
     AdamW divides a weight's average gradient by its usual size; betas are GPT-3's. Decay keeps the
     matrices, wte and wpe too, from growing without end. Biases and LayerNorms have none: a scale
-    pulled to 0 would shut its channel. fused: one kernel for the whole update, on any device here.
+    pulled to 0 would shut its channel. fused: a tensor's whole update in one pass over memory.
     """
     params = dict(model.named_parameters())
     muon = [n for n, p in params.items() if cfg.optimizer == "muon" and ".h." in n and p.dim() == 2]
     rest = [p for n, p in params.items() if n not in muon]
-    groups = [
-        dict(params=[p for p in rest if p.dim() >= 2], weight_decay=cfg.weight_decay),
-        dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0),
-    ]
-    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)]
+    matrices = dict(params=[p for p in rest if p.dim() >= 2], weight_decay=cfg.weight_decay)
+    vectors = dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)
+    adamw = torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.95), eps=1e-8, fused=True)
     shapes = dict.fromkeys(params[n].shape for n in muon)
     same_shape = [[params[n] for n in muon if params[n].shape == shape] for shape in shapes]
-    return [*optimizers, Muon(same_shape, cfg.weight_decay, dtype)] if muon else optimizers
+    return [adamw, Muon(same_shape, cfg.weight_decay, dtype)] if muon else [adamw]
 
 
 # --------------------------------------------------------------------------------------- Data
@@ -735,26 +719,30 @@ def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
         raise ValueError(f"device={device}: PyTorch finds none on this machine")
     if device == "cpu" and precision == "fp16":
         raise ValueError("precision=fp16: a CPU emulates it, very slowly; take bf16 or fp32")
+    alone = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)  # without torchrun
+    rank, world_size, local_rank = (int(os.environ.get(k, v)) for k, v in alone.items())
+    if world_size > 1 and device == "mps":
+        raise ValueError(f"WORLD_SIZE={world_size}: mps has no way to talk; --device cpu")
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"{local_rank + 1} workers on {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(local_rank)
     if precision == "auto" and device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if native else "fp16"
     elif precision == "auto":
-        has, wide = torch.cpu.get_capabilities(), torch.backends.cpu.get_cpu_capability()
-        native = wide == "AVX512" and (has.get("avx512_bf16") or has.get("amx_bf16"))
+        has = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch cannot tell: fp32
+        wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        native = wide and (has.get("avx512_bf16") or has.get("amx_bf16"))
         precision = "bf16" if device == "cpu" and native else "fp32"
-    rank, world_size, local_rank = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    if device == "cuda":
-        torch.cuda.set_device(local_rank)
-        device = f"cuda:{local_rank}"
     if world_size > 1:
         # torchrun keeps one store over restarts; a restarted worker must not find in it the address
-        # that a peer had before it died: each start gets its own part of the store.
+        # that a peer had before it died: each start gets its own part of the store. Restarts are
+        # counted by each machine, so this is for one machine (for several see the README).
         store, _, _ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
-        backend = "gloo" if device == "cpu" else "nccl"
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+        backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     if platform.libc_ver()[0] == "glibc":
         # glibc returns large freed buffers to the kernel, and each step faults their pages in
@@ -763,7 +751,8 @@ def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
     torch.set_float32_matmul_precision("high")  # TF32: fp32's range, fp16's 11 bits
     dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
-    return Worker(rank, world_size, torch.device(device), dtypes[precision])
+    name = f"cuda:{local_rank}" if device == "cuda" else device
+    return Worker(rank, world_size, torch.device(name), dtypes[precision])
 
 
 # --------------------------------------------------------------------------------- Evaluation
@@ -885,6 +874,15 @@ def read_log(log_dir: str | Path) -> list[dict[str, Any]]:
     return [record for record in records if isinstance(record, dict)]
 
 
+def start_log(log_dir: Path, start: int, facts: dict[str, Any]) -> None:
+    """log.jsonl as it stood before step `start`, and the facts. Removes what kills left behind."""
+    for rest in log_dir.glob("*.tmp"):
+        rest.unlink()
+    kept = [r for r in read_log(log_dir) if type(i := r.get("step", -1)) is int and i < start]
+    lines = (json.dumps(r).encode() + b"\n" for r in [*kept, facts | dict(start_step=start)])
+    fineweb.write_file(log_dir / "log.jsonl", *lines)
+
+
 def plot_log(log_dir: Path) -> None:
     """loss.png: the losses over the steps, and HellaSwag beside them where it was evaluated."""
     from matplotlib.figure import Figure
@@ -919,23 +917,52 @@ def only_warn() -> Iterator[None]:
 
 
 def describe(
-    model: GPT, cfg: TrainConfig, worker: Worker, compiled: bool, peak: float, n_windows: int
+    model: GPT, cfg: TrainConfig, worker: Worker, compiled: bool, peak: float, epochs: float
 ) -> dict[str, Any]:
     """What a run prints and logs before its first step: what it does, where, and how."""
-    tokens, device = cfg.total_batch_size * cfg.max_steps, worker.device
-    q = torch.empty(1, model.config.n_head, 2, 8, device=device, dtype=worker.dtype)
-    kernel = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
-    kernel = "BY_HAND" if attends_by_hand(device, worker.dtype, cfg.seq_len) else kernel
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    device, source = worker.device, Path(__file__).read_bytes()
+    c, kernel = model.config, "PyTorch's choice"  # mps does not say which
+    if attends_by_hand(device, worker.dtype, cfg.seq_len):
+        kernel = "BY_HAND"
+    elif device.type != "mps":
+        shape = (1, c.n_head, cfg.seq_len, c.n_embd // c.n_head)
+        q = torch.empty(shape, device=device, dtype=worker.dtype)
+        choice = torch._fused_sdp_choice(q, q, q, dropout_p=c.dropout, is_causal=True)
+        kernel = nn.attention.SDPBackend(choice).name
     return dict(
         device=f"{device}, {torch.get_num_threads()} threads, {worker.world_size} workers",
         precision=f"{worker.dtype}, a bare matmul does {peak / 1e12:.3g} TFLOP/s",
-        chosen=f"compile {compiled}, attention {kernel}, fused {cfg.optimizer}",
-        config=asdict(model.config), parameters=model.num_params(),
-        tokens=tokens, epochs=round(tokens / cfg.seq_len / n_windows, 2),
+        chosen=f"compile {compiled}, attention {kernel}, {cfg.optimizer}, AdamW fused",
+        config=asdict(c), train_config=asdict(cfg), parameters=model.num_params(),
+        tokens=cfg.total_batch_size * cfg.max_steps, epochs=round(epochs, 2),
         versions=f"python {platform.python_version()}, torch {torch.__version__}",
-        commit=subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        source=f"sha256 of train_gpt2.py {hashlib.sha256(source).hexdigest()[:12]}",
     )  # fmt: skip
+
+
+def restore(
+    log_dir: Path, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler
+) -> int:
+    """Put the newest whole checkpoint into all of these → its step; 0 where there is none yet."""
+    if not (paths := list_checkpoints(log_dir)):
+        return 0
+    for path in reversed(paths):
+        with only_warn():  # and try the one before it
+            saved, state = load_checkpoint(path)
+            break
+    else:
+        raise ValueError(f"{log_dir}: none of its checkpoints is whole; name another log_dir")
+    if saved.config != model.config:
+        raise ValueError(f"{path} has another shape: {saved.config}, not {model.config}")
+    try:
+        for optimizer, its_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(its_state)
+        if state["scaler"]:  # the run so far was in fp16
+            scaler.load_state_dict(state["scaler"])
+    except (ValueError, LookupError) as e:
+        raise ValueError(f"{path} is of a run with other optimizers: {e}") from None
+    model.load_state_dict(saved.state_dict())
+    return state["step"]
 
 
 def train(
@@ -958,11 +985,9 @@ def train(
     tokenizer = fineweb.load_tokenizer(cfg.data_dir)
     check_vocabulary(model.train(), tokenizer)
     sample_texts(model, tokenizer, worker, cfg.sample_prompt, 1, max_new_tokens=0)  # does it fit?
-    where = (worker.rank, worker.world_size, cfg.seed, tokenizer.n_vocab)
-    train_loader, val_loader = (
-        DataLoaderLite(cfg.data_dir, split, cfg.micro_batch_size, T, *where)
-        for split in ("train", "val")
-    )
+    how = (cfg.micro_batch_size, T, worker.rank, worker.world_size, cfg.seed, tokenizer.n_vocab)
+    train_loader = DataLoaderLite(cfg.data_dir, "train", *how)
+    val_loader = DataLoaderLite(cfg.data_dir, "val", *how)
     examples = hellaswag.load_examples(worker) if cfg.hellaswag == "on" else []
     optimizers = configure_optimizers(model, cfg, worker.dtype)
     # A gradient below 6e-8 would be 0 in fp16. The scaler multiplies the loss and divides the
@@ -976,7 +1001,7 @@ def train(
     compiled = cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
     net = torch.compile(model) if compiled else model  # the same weights; evaluation uses model
     if worker.world_size > 1:
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+        net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
 
     def micro_step(i: int) -> Tensor:
         """Add micro-batch i to the gradients → its part of the step's loss."""
@@ -999,15 +1024,10 @@ def train(
     if master:
         if tokenizer.name != "gpt2":
             fineweb.save_tokenizer(tokenizer, log_dir)
-        facts = describe(model, cfg, worker, compiled, peak, train_loader.n_windows)
+        epochs = cfg.total_batch_size * cfg.max_steps / T / train_loader.n_windows
+        facts = describe(model, cfg, worker, compiled, peak, epochs)
         worker.print(*(f"{key}: {value}" for key, value in facts.items()))
-        for rest in log_dir.glob("*.tmp"):  # of a kill
-            rest.unlink()
-        kept = [r for r in read_log(log_dir) if type(i := r.get("step", -1)) is int and i < start]
-        new = facts | dict(train_config=asdict(cfg), start_step=start)
-        lines = (json.dumps(record).encode() + b"\n" for record in [*kept, new])
-        fineweb.write_file(log_dir / "log.jsonl", *lines)
-    skipped, seconds, signum = 0, 0.0, 0
+        start_log(log_dir, start, facts)
 
     def log(record: dict[str, Any]) -> None:
         worker.print(" | ".join(f"{key} {value:.5g}" for key, value in record.items()))
@@ -1015,28 +1035,35 @@ def train(
             with only_warn(), open(log_dir / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
+    def assess(step: int) -> None:
+        """Evaluate, draw the log, write samples."""
+        val_loss, bits = evaluate(model, val_loader, cfg.val_tokens, tokenizer, worker)
+        if not math.isfinite(val_loss):
+            raise FloatingPointError(f"step {step}: the validation loss is {val_loss}")
+        scores = hellaswag.evaluate(model, tokenizer, examples, worker) if examples else {}
+        log(dict(step=step, val_loss=val_loss, bits_per_byte=bits) | scores)
+        if master:
+            with only_warn():
+                plot_log(log_dir)
+            settings = dict(n=4, seed=cfg.seed, max_new_tokens=32, top_k=50)
+            for text in sample_texts(model, tokenizer, worker, cfg.sample_prompt, **settings):
+                worker.print(f"  {text!r}")
+
+    def save(step: int) -> None:
+        with only_warn():
+            save_checkpoint(
+                log_dir, 10 * cfg.checkpoint_every, step, config=asdict(model.config),
+                train_config=asdict(cfg), model=model.state_dict(), scaler=scaler.state_dict(),
+                optimizers=[optimizer.state_dict() for optimizer in optimizers],
+            )  # fmt: skip
+
+    skipped, seconds, signum = 0, 0.0, 0
     for step in range(start, cfg.max_steps + 1):
         last = step == cfg.max_steps
         if (step % cfg.eval_every == 0 or last) and not signum:
-            val_loss, bits = evaluate(model, val_loader, cfg.val_tokens, tokenizer, worker)
-            if not math.isfinite(val_loss):
-                raise FloatingPointError(f"step {step}: the validation loss is {val_loss}")
-            record = dict(step=step, val_loss=val_loss, bits_per_byte=bits)
-            record |= hellaswag.evaluate(model, tokenizer, examples, worker) if examples else {}
-            log(record)
-            if master:
-                with only_warn():
-                    plot_log(log_dir)
-                settings = dict(n=4, seed=cfg.seed, max_new_tokens=32, top_k=50)
-                for text in sample_texts(model, tokenizer, worker, cfg.sample_prompt, **settings):
-                    worker.print(f"  {text!r}")
+            assess(step)
         if master and step > start and (step % cfg.checkpoint_every == 0 or last or signum):
-            with only_warn():
-                save_checkpoint(
-                    log_dir, 10 * cfg.checkpoint_every, step, config=asdict(model.config),
-                    train_config=asdict(cfg), model=model.state_dict(), scaler=scaler.state_dict(),
-                    optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                )  # fmt: skip
+            save(step)
         if last or signum:
             break  # the last turn only evaluates and saves
 
@@ -1072,7 +1099,7 @@ def train(
         took = time.perf_counter() - began
         seconds += took
         record = dict(step=step, loss=losses.mean().item(), lr=lr, ms=took * 1e3)
-        record |= {} if skipped else dict(grad_norm=norm)
+        record |= {} if skipped else dict(grad_norm=norm)  # JSON has no inf
         record |= dict(tok_per_s=cfg.total_batch_size / took, utilisation=flops / took / peak)
         left = seconds / (step - start + 1) * (cfg.max_steps - step - 1)
         log(record | dict(minutes_left=left / 60))
@@ -1080,32 +1107,6 @@ def train(
         model.save_pretrained(log_dir / "hf", tokenizer)
         worker.print(f"{log_dir} holds log.jsonl, loss.png, checkpoints, and hf/ for transformers")
     return signum
-
-
-def restore(
-    log_dir: Path, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler
-) -> int:
-    """Put the newest whole checkpoint into all of these → its step; 0 where there is none yet."""
-    for path in reversed(list_checkpoints(log_dir)):
-        try:
-            saved, state = load_checkpoint(path)
-        except ValueError as e:
-            print(f"WARNING: {e}; trying the one before it", file=sys.stderr, flush=True)
-            continue
-        if saved.config != model.config:
-            raise ValueError(f"{path} has another shape: {saved.config}, not {model.config}")
-        try:
-            for optimizer, its_state in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(its_state)
-            if state["scaler"]:  # the run so far was in fp16
-                scaler.load_state_dict(state["scaler"])
-        except (ValueError, LookupError) as e:
-            raise ValueError(f"{path} is of a run with other optimizers: {e}") from None
-        model.load_state_dict(saved.state_dict())
-        return state["step"]
-    if list_checkpoints(log_dir):
-        raise ValueError(f"{log_dir}: none of its checkpoints is whole; name another log_dir")
-    return 0
 
 
 # ------------------------------------------------------------------------------- Command line
@@ -1119,37 +1120,33 @@ def parse(argv: Sequence[str] | None) -> dict[str, Any]:
     )  # fmt: skip
     parser.error = lambda message: sys.exit(f"error: {message} (--help lists all flags)")
     add = parser.add_argument
-    add("--preset", choices=PRESETS, help="default: gpt2 if edu_fineweb10B has shards, else quick")
+    add("--preset", choices=PRESETS, help="default: gpt2 for --init or FineWeb-Edu, else quick")
     add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     add("--generate", metavar="PROMPT", help="write samples with --init or the newest run, and end")
     for config in (GPTConfig, TrainConfig, SampleConfig):
         group = parser.add_argument_group(config.__name__)
-        for field in dataclasses.fields(config):
-            how: dict = dict(type=field.type, choices=field.metadata["allowed"][2] or None)
-            if field.type is bool:
-                how = dict(action=argparse.BooleanOptionalAction)
-            help = field.metadata["help"]
-            help += "" if "default" in help else f" (default: {field.default})"
-            group.add_argument(f"--{field.name}", help=help, **how)
+        for f in fields(config):
+            help, choices = f.metadata["help"], f.metadata["allowed"][2] or None
+            help += "" if "default" in help else f" (default: {f.default})"
+            group.add_argument(f"--{f.name}", type=f.type, choices=choices, help=help)
     return vars(parser.parse_args(argv))
 
 
 def of(config: type, flags: dict[str, Any]) -> dict[str, Any]:
     """Those of the flags that are fields of a config."""
-    return {f.name: flags[f.name] for f in dataclasses.fields(config) if f.name in flags}
+    return {f.name: flags[f.name] for f in fields(config) if f.name in flags}
 
 
 def print_samples(flags: dict[str, Any]) -> None:
-    how = SampleConfig(**of(SampleConfig, flags))
+    how = asdict(SampleConfig(**of(SampleConfig, flags)))
     newest = max(Path("log").glob("*/checkpoint_*.pt"), key=os.path.getmtime, default=None)
     if not (name := flags.get("init") or newest):
         raise ValueError("there is no run in log/ to sample from: train one, or give --init")
     model, tokenizer = load_model(name)
     worker = start_worker(flags.get("device", "auto"), flags.get("precision", "auto"))
-    seed = flags.get("seed", TrainConfig.seed)
-    for text in sample_texts(
-        model.to(worker.device), tokenizer, worker, flags["generate"], seed=seed, **asdict(how)
-    ):
+    model.to(worker.device)
+    how["seed"] = flags.get("seed", TrainConfig.seed)
+    for text in sample_texts(model, tokenizer, worker, flags["generate"], **how):
         print(text, end="\n\n")
 
 
@@ -1175,11 +1172,9 @@ def make_model(flags: dict[str, Any], shape: dict[str, Any], cfg: TrainConfig) -
     if fineweb.spell(own) != fineweb.spell(tokenizer):
         raise ValueError(f"init={cfg.init}: its tokenizer is not that of data_dir={cfg.data_dir}")
     asked = of(GPTConfig, flags)
-    model, weights = GPT(dataclasses.replace(start.config, **asked)), start.state_dict()
-    wpe = "transformer.wpe.weight"
-    weights[wpe] = weights[wpe][: model.config.block_size]  # a shorter context keeps the first rows
+    model = GPT(replace(start.config, **asked))
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(start.state_dict())
     except RuntimeError:
         raise ValueError(f"init={cfg.init} is a {start.config}: it cannot become {asked}") from None
     return model
@@ -1196,8 +1191,7 @@ def run(flags: dict[str, Any]) -> None:
     cfg.micro_steps(int(os.environ.get("WORLD_SIZE", 1)))
     worker = start_worker(cfg.device, cfg.precision)
     if preset == "quick" and not flags.keys() & {"preset", "data_dir"}:
-        where = TrainConfig.data_dir
-        worker.print(f"no shards in {where} (python fineweb.py makes them): preset quick")
+        worker.print("no shards in edu_fineweb10B (python fineweb.py makes them): preset quick")
     signals: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -1212,7 +1206,7 @@ def run(flags: dict[str, Any]) -> None:
         Path(cfg.log_dir).mkdir(parents=True, exist_ok=True)
         if "data_dir" not in flags and preset == "quick":
             fineweb.prepare_stdlib(cfg.data_dir)
-    worker.gather()  # the others wait here
+    worker.gather(0)  # the others wait here
     for split in ("train", "val"):
         fineweb.open_shards(cfg.data_dir, split)  # an error here comes before anything is computed
     model = make_model(flags, of(GPTConfig, chosen), cfg).to(worker.device)

@@ -1,6 +1,7 @@
 """README.md and the docstrings: their tables are what the code computes, their commands work."""
 
 import argparse
+import math
 import re
 import shlex
 
@@ -68,6 +69,15 @@ def test_every_command_parses(monkeypatch):
         if "--help" not in argv:
             with pytest.raises(ParsedError):
                 PROGRAMS[program].main(argv)
+
+
+def test_the_workers_of_every_torchrun_command_can_share_a_step():
+    found = re.findall(r"torchrun ([^`\n]*)train_gpt2.py([^`\n]*)", README)
+    assert len(found) == 2
+    for options, argv in found:
+        counts = re.findall(r"--n(?:nodes|proc_per_node)=(\d+)", options)
+        cfg = TrainConfig(**train_gpt2.of(TrainConfig, train_gpt2.parse(argv.split())))
+        assert cfg.micro_steps(math.prod(map(int, counts))) >= 1
 
 
 def test_everyday_commands_work_as_written(sandbox, gpt2, capsys):
