@@ -58,7 +58,7 @@ from train_gpt2 import GPT, PRESETS, DataLoaderLite, GPTConfig, TrainConfig, Wor
 CONFIG = GPTConfig(vocab_size=train_gpt2.padded(50257))  # GPT-2 small, 124M
 STEP, BIG_STEP = (4, 256), (8, 1024)  # B and T
 NEW_TOKENS, STRIDE = 256, 32  # STRIDE: see plain_generate
-EXAMPLES = 32  # of HellaSwag
+EXAMPLES = 24  # of HellaSwag
 HERE = Path(__file__).parent
 
 Turn = dict[str, float]  # what a contender measured in a turn
@@ -396,7 +396,8 @@ def bench_shards(worker: Worker, data: Path) -> None:
     path = data / "documents.jsonl"
     lines = "".join(json.dumps(dict(text=text)) + "\n" for text in documents)
     path.write_text(lines * 8, "utf-8")  # 75 MB: what starting a pool takes is soon forgotten
-    results = race({kind: partial(sharding, kind, path) for kind in ("ours", "plain")})
+    kinds = ("ours", "plain")
+    results = race({kind: partial(sharding, kind, path) for kind in kinds}, rounds=2)
     compare("shards, GPT-2's tokenizer: tokens/s", results)
 
 
@@ -470,9 +471,9 @@ def bench_costs(worker: Worker, data: Path) -> None:
     """What comes with training: more processes, loading, checkpoints, starting up."""
     B = quick(data)[1].micro_batch_size
     for n in (1, 2):
-        flags = dict(max_steps=30, val_tokens=4096, device="cpu", micro_batch_size=B // n)
+        flags = dict(max_steps=20, val_tokens=4096, device="cpu", micro_batch_size=B // n)
         turns = [record for record in run_quick(data, n, **flags) if "tok_per_s" in record]
-        row(f"quick recipe, processes (gloo): {n}: tokens/s", show(turns[10:], "tok_per_s"))
+        row(f"quick recipe, processes (gloo): {n}: tokens/s", show(turns[5:], "tok_per_s"))
     loader = iter(DataLoaderLite(data, "train", 64, 1024))
     turns = [dict(ms=1e3 * seconds(lambda: next(loader))) for _ in range(60)]
     row("loading 64×1024 tokens: ms", show(turns[40:], "ms"))  # by now they are in the page cache
@@ -490,7 +491,7 @@ def bench_costs(worker: Worker, data: Path) -> None:
     run = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL, cwd=HERE)
     for program in ("train_gpt2.py --help", "-c 'import torch'"):
         command = [sys.executable, *shlex.split(program)]
-        turns = [dict(s=seconds(partial(run, command))) for _ in range(3)]
+        turns = [dict(s=seconds(partial(run, command))) for _ in range(2)]
         row(f"start-up, python {program}: s", show(turns, "s"))
 
 

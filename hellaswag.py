@@ -6,7 +6,7 @@
 
 An example (Zellers et al. 2019, arXiv:1905.07830) is a context and four endings: the true one, and
 three that a machine wrote and another took for true. Guessing gives .25. GPT-2 answers no
-questions, but gives each ending a loss, -log p of its tokens behind the context, and the least is
+questions, but gives each ending a loss, -ln p of its tokens behind the context, and the least is
 its answer. Short endings have fewer tokens to lose on, hence two figures: acc compares sums over an
 ending's tokens, acc_norm these sums divided by its length. And two ways of scoring, not to be
 compared with one another, have published figures (of the split val; standard error .0045 to .0050):

@@ -23,7 +23,7 @@ probability that the true next token got, in nats, as the logarithm is the natur
 Notation, everywhere in this project:
     B  sequences in a batch          C   channels, the width of the model (n_embd)
     T  tokens in a sequence          nh  attention heads (n_head); hs = C / nh, the size of a head
-    V  tokens in the vocabulary      L   blocks (n_layer)
+    V  rows of wte (vocab_size)      L   blocks (n_layer)
 
 Sections: Configuration · Model · Optimizers and schedule · Data · Workers and devices ·
 Evaluation · Checkpoints and the log · Training · Command line
@@ -114,7 +114,7 @@ class TrainConfig(Options):
     warmup_steps: int = option(715, "steps of warm-up (default: 375M tokens, as GPT-3)")
     max_lr: float = option(6e-4, "the learning rate's peak (default: GPT-3's)", 1e-12, 1e3)
     min_lr_ratio: float = option(0.1, "learning rate at the end, as a share of the peak", 0, 1)
-    weight_decay: float = option(0.1, "share of each weight removed a step, times the rate")
+    weight_decay: float = option(0.1, "share of each matrix removed a step, times the rate")
     grad_clip: float = option(1.0, "the gradient's largest norm; 0 for any")
     eval_every: int = option(250, "steps from one evaluation to the next", 1)
     val_tokens: int = option(20 * 2**19, "tokens of an evaluation, at most", 1)
@@ -198,9 +198,9 @@ class CausalSelfAttention(nn.Module):
             cache[0, :, :, past : past + T], cache[1, :, :, past : past + T] = k, v
             k, v = cache[:, :, :, : past + T]  # (B, nh, past + T, hs) each
         if mask is None and attends_by_hand(x.device, q.dtype, T):
-            # The scores are divided by √hs: a sum of hs products of variance 1 has variance hs, and
-            # softmax of large numbers picks one token, with hardly a gradient. Causal: the scores
-            # of later tokens become -inf, so their weights are 0.
+            # Divided by √hs: a sum of hs independent products of mean 0 and variance 1 has variance
+            # hs, and softmax of large numbers picks one token, with hardly a gradient. Causal: the
+            # scores of later tokens become -inf, so their weights are 0.
             later = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)  # 0 up to the diagonal
             scores = q / math.sqrt(q.size(-1)) @ k.mT + later  # (B, nh, T, T)
             weights = scores.softmax(dim=-1)  # each row sums to 1
@@ -274,7 +274,7 @@ def sample(
 
 
 class CrossEntropy(torch.autograd.Function):
-    """logits (N, V), targets (N,) → the sum of -ln softmax(logits)[target], nats: ().
+    """logits (B·T, V), targets (B·T,) → the sum of -ln softmax(logits)[target], nats: ().
 
     Its gradient is softmax(logits), less 1 at the target: what is believed minus what is true. It
     is written over the logits, by far the largest tensor of a step, a few rows at a time: they fit
@@ -547,7 +547,7 @@ def orthogonalize(g: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal: a step moves every direction of a matrix by the same amount.
+    """Momentum, made orthogonal: a step moves all directions of a matrix about equally.
 
     A few directions dominate a gradient; so the rare ones learn as fast. An orthogonal matrix has
     RMS 1/√max(rows, columns); 0.2·√max(rows, columns) times that is 0.2, about AdamW's, so one
@@ -839,7 +839,7 @@ def load_checkpoint(path: str | Path) -> tuple[GPT, dict[str, Any]]:
         return model.float(), state
     except Exception as e:  # zip, pickle and torch each fail in ways of their own
         reason = (str(e) or repr(e)).splitlines()[0]
-        raise ValueError(f"{path} is not a whole checkpoint: {reason}") from e
+        raise ValueError(f"{path} is no whole checkpoint of this version: {reason}") from e
 
 
 def load_model(name: str | Path) -> tuple[GPT, Encoding]:
