@@ -722,10 +722,10 @@ def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
     alone = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)  # without torchrun
     rank, world_size, local_rank = (int(os.environ.get(k, v)) for k, v in alone.items())
     if world_size > 1 and device == "mps":
-        raise ValueError(f"WORLD_SIZE={world_size}: mps has no way to talk; --device cpu")
+        raise ValueError(f"{world_size} workers cannot train together on mps: take --device cpu")
     if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"{local_rank + 1} workers on {torch.cuda.device_count()} GPUs")
+        if local_rank >= (gpus := torch.cuda.device_count()):
+            raise ValueError(f"worker {local_rank} has no GPU, of {gpus}: lower --nproc_per_node")
         torch.cuda.set_device(local_rank)
     if precision == "auto" and device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)

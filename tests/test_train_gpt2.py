@@ -48,6 +48,7 @@ from train_gpt2 import (
     sample,
     sample_texts,
     save_checkpoint,
+    start_worker,
     train,
 )  # fmt: skip
 
@@ -1091,6 +1092,18 @@ def test_what_cannot_be_written_is_not_worth_the_run(tmp_path, data_dir, run, ca
     assert sum("checkpoint_000004.pt" in line for line in warnings) == 1
     assert history(tmp_path / "log") == history(run)
     assert not list(tmp_path.glob("log/*.tmp"))
+
+
+def test_workers_that_cannot_train_together_are_refused(monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "2")
+    for module in (torch.backends.mps, torch.cuda):
+        monkeypatch.setattr(module, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="2 workers .* on mps: take --device cpu"):
+        start_worker("mps")
+    with pytest.raises(ValueError, match="worker 2 has no GPU, of 2: lower --nproc_per_node"):
+        start_worker("cuda")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
