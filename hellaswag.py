@@ -48,8 +48,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import fineweb
-
 if TYPE_CHECKING:  # at run time only on the command line: train_gpt2.py may be the running program
     from train_gpt2 import GPT, Worker
 
@@ -64,7 +62,10 @@ Row = tuple[Tensor, Tensor]  # see pack
 
 
 def download(split: str) -> Path:
-    """Fetch train, val or test into hellaswag/, unless it is there → its path. Errors: OSError."""
+    """The path of train, val or test in hellaswag/, downloaded if it is not there yet.
+
+    Errors: OSError.
+    """
     path = Path("hellaswag", f"hellaswag_{split}.jsonl")
     if path.exists():
         return path
@@ -73,14 +74,26 @@ def download(split: str) -> Path:
         try:
             with urllib.request.urlopen(f"{URL}/{path.name}", timeout=30) as response:
                 data = response.read()
-            if (n := len(data.splitlines())) != SPLITS[split]:
-                raise OSError(f"{n:,} lines came, not {SPLITS[split]:,}")
-            path.parent.mkdir(exist_ok=True)
-            fineweb.write_file(path, data)
-            return path
+            n_lines = len(data.splitlines())
+            if n_lines != SPLITS[split]:
+                raise OSError(f"{n_lines:,} lines came, not {SPLITS[split]:,}")
+            break
         except (OSError, HTTPException) as e:  # no network, a status such as 404, not all bytes
             problem = e
-    raise OSError(f"cannot download {URL}/{path.name} ({problem}): put it at {path} by hand")
+    else:
+        raise OSError(f"cannot download {URL}/{path.name} ({problem}): put it at {path} by hand")
+    path.parent.mkdir(exist_ok=True)
+    # A process that is killed here must not leave half a file, so the name comes last.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
 
 
 def iterate_examples(source: str | Path = "val") -> Iterator[Example]:
