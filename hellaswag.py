@@ -132,8 +132,8 @@ def iterate_examples(source: str | Path = "val") -> Iterator[Example]:
         raise ValueError(f"{path} is empty")
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}, is not HellaSwag"
-        try:  # a context without a second part may leave these fields out
-            example = {"ctx_a": "", "ctx_b": ""} | json.loads(line)
+        try:  # a context without a second part may leave this field out
+            example = {"ctx_b": ""} | json.loads(line)
         except (ValueError, TypeError, RecursionError):
             raise ValueError(f"{where}: no JSON object") from None
         for field, kind in FIELDS.items():

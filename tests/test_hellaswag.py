@@ -302,6 +302,7 @@ def without(field: str) -> dict:
 BAD = {
     "line 2, is not HellaSwag: no JSON object": ["{}", "[1, 2]", '"text"', "{", "", "[" * 10**5],
     "line 2, is not HellaSwag: no 'activity_label'": [without("activity_label")],
+    "line 2, is not HellaSwag: no 'ctx_a'": [without("ctx_a")],
     "line 2, is not HellaSwag: no 'ctx'": [without("ctx"), without("") | {"ctx": None}],
     "line 2, is not HellaSwag: no 'endings'": [without("endings"), without("") | {"endings": "a"}],
     "line 2, is not HellaSwag: no 'label' (the test split has none: use val)": [without("label")],
