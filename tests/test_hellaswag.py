@@ -1,13 +1,22 @@
 """What hellaswag.py promises, each promise as a test. Offline, on models and examples made here."""
 
 import copy
+import errno
+import io
 import json
 import math
+import os
 import random
+import re
+import shutil
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +156,99 @@ def test_no_ending_sees_another(tokenizer):
     assert a[0, 1].item() != pytest.approx(b[0, 1].item(), rel=1e-2)
 
 
+def test_the_worked_example_of_a_packed_row_is_what_pack_makes():
+    def shown(name: str) -> list[int]:
+        line = re.search(rf"^ +{name} +([\d ]+)$", hellaswag.pack.__doc__, re.MULTILINE)
+        return [int(number) for number in line[1].split()]
+
+    row = hellaswag.pack([10, 11, 12], {0: [20, 21, 22], 1: [30, 31]})
+    assert row._asdict() == {name: shown(name) for name in row._fields}
+    assert shown("index") == list(range(len(row.tokens)))
+
+
+def test_the_worked_example_of_a_mask_is_what_make_mask_makes():
+    row = hellaswag.pack([10, 11, 12], {0: [20, 21, 22], 1: [30, 31]})
+    lines = re.findall(r"^ +(\d\d)((?: +[01])+)$", hellaswag.make_mask.__doc__, re.MULTILINE)
+    assert [int(token) for token, _ in lines] == row.tokens
+    shown = torch.tensor([[int(number) for number in line.split()] for _, line in lines])
+    assert hellaswag.make_mask(torch.tensor([row.parts])).equal(shown.bool()[None, None])
+
+
+def test_endings_share_a_row_if_they_fit_and_have_their_own_if_not():
+    question = hellaswag.Question([1, 2, 3], [[4, 5], [6, 7], [8], [9, 10]], [2, 2, 1, 2])
+    questions = [question, question]
+    assert [row.tokens for row in hellaswag.make_rows(questions, 6)] == 2 * [[1, 2, 3, 4, 6, 9]]
+    rows = hellaswag.make_rows(questions, 5)
+    assert [row.tokens for row in rows] == 2 * [[1, 2, 3, 4], [1, 2, 3, 6], [1, 2, 3], [1, 2, 3, 9]]
+    assert [number for row in rows for number in row.numbers] == [
+        0, 0, 1, 1, 2, 3, 3, 4, 4, 5, 5, 6, 7, 7
+    ]  # fmt: skip
+
+
+def test_rows_of_a_batch_have_similar_lengths_and_batches_come_in_one_random_order():
+    rng = random.Random(1)
+    rows = [hellaswag.pack([0] * rng.randint(1, 300), {0: [0]}) for _ in range(200)]
+    batches = hellaswag.make_batches(rows, 600)
+    spans = [(len(batch[0].tokens), len(batch[-1].tokens)) for batch in batches]
+    ordered = sorted(spans)
+    assert all(high <= low for (_, high), (low, _) in zip(ordered, ordered[1:], strict=False))
+    assert spans != ordered and spans != ordered[::-1]
+    assert hellaswag.make_batches(rows, 600) == batches
+    assert sorted(map(len, hellaswag.make_batches(rows[:5], 1))) == [1] * 5  # too long, so alone
+
+
+def test_a_cpu_reads_512_tokens_at_once_and_another_device_16384(tokenizer, monkeypatch):
+    limits = []
+    monkeypatch.setattr(
+        hellaswag, "make_batches", lambda rows, batch_tokens: limits.append(batch_tokens) or []
+    )
+    for name in ("cpu", "cuda"):
+        hellaswag.score(
+            make_model(), tokenizer, make_examples(1), Worker(device=torch.device(name))
+        )
+    assert limits == [512, 16384]
+
+
+def test_scoring_keeps_no_gradients(tokenizer, monkeypatch):
+    model, grad_modes = make_model(), []
+    hidden = model.hidden
+    monkeypatch.setattr(
+        model, "hidden",
+        lambda idx, **how: grad_modes.append(torch.is_grad_enabled()) or hidden(idx, **how),
+    )  # fmt: skip
+    nats, _, _ = hellaswag.score(model, tokenizer, make_examples(3), Worker())
+    assert grad_modes and not any(grad_modes) and not nats.requires_grad
+
+
+def test_a_worker_in_bf16_finds_nearly_the_losses_of_fp32(tokenizer):
+    model, examples = make_model(), make_examples(10)
+    exact = hellaswag.score(model, tokenizer, examples, Worker())[0]
+    nats = hellaswag.score(model, tokenizer, examples, Worker(dtype=torch.bfloat16))[0]
+    assert not nats.equal(exact)
+    torch.testing.assert_close(nats, exact, rtol=0.05, atol=0)
+
+
+def test_the_bar_counts_examples_and_ends_with_the_result(tokenizer):
+    model, examples, shown = make_model(block_size=40), make_examples(30), []
+    bar = SimpleNamespace(n=0, set_postfix_str=shown.append)
+
+    def update(n: int) -> None:
+        bar.n += n
+        shown.append(bar.n)
+
+    bar.update = update
+    result = hellaswag.evaluate(model, tokenizer, examples, Worker(), 100, bar=bar)
+    counts, texts = shown[1::2], shown[::2]
+    assert counts == sorted(counts) and counts[-1] == 30 and len(set(counts)) > 5
+    assert texts[-1] == "acc {hellaswag_acc:.4f}, acc_norm {hellaswag_acc_norm:.4f}".format(
+        **result
+    )
+    for text, n in zip(texts, counts, strict=True):
+        for share in re.findall(r"\d\.\d+", text):  # before the first example is done: nan
+            right = float(share) * n
+            assert right == pytest.approx(round(right), abs=1e-4 * n)  # of those that are done
+
+
 def test_a_batch_has_at_most_batch_tokens_and_its_size_changes_no_loss(tokenizer, monkeypatch):
     model, examples, sizes, rows = make_model(), make_examples(40), [], []
     hidden = model.hidden
@@ -228,9 +330,13 @@ def test_an_ending_longer_than_the_model_can_read_stops_nothing(tokenizer):
 
 
 def test_an_empty_context_is_the_start_of_a_text(tokenizer):
-    example = make_examples(1)[0] | {"ctx": ""}
-    question = hellaswag.render_example(example, tokenizer)
-    assert question.context == [tokenizer.eot_token]
+    example = make_examples(1)[0] | dict(ctx="", activity_label="[", ctx_a="]", ctx_b="")
+    for harness in (False, True):  # which removes what stands between brackets
+        question = hellaswag.render_example(example, tokenizer, harness)
+        assert question.context == [tokenizer.eot_token]
+        texts = [tokenizer.decode(ending).strip() for ending in question.endings]
+        clean = hellaswag.clean if harness else str
+        assert texts == [clean(ending).strip() for ending in example["endings"]]
 
 
 def test_rows_without_a_token_in_a_padded_vocabulary_do_not_count(tokenizer):
@@ -277,6 +383,11 @@ def test_the_harness_reads_activity_and_capital_and_divides_by_characters(tokeni
     assert question.lengths == [len(ending) for ending in question.endings]
 
 
+def test_one_example_alone_has_a_figure_and_no_error(tokenizer):
+    result = hellaswag.evaluate(make_model(), tokenizer, make_examples(1), Worker())
+    assert result["hellaswag_acc"] in (0, 1) and result["hellaswag_acc_stderr"] == 0
+
+
 def test_both_ways_of_scoring_compare_sums_and_sums_by_length(tokenizer):
     model, examples = make_model(), make_examples(30)
     for harness, name in ((False, "hellaswag"), (True, "harness")):
@@ -311,6 +422,7 @@ BAD = {
         for endings in ([], ["a"] * 3, ["a"] * 5, ["a", "", "c", "d"], [" "] * 4, [1] * 4)
     ],
     "line 2, is not HellaSwag: 'label' is 4, not 0 to 3": [without("") | {"label": 4}],
+    "line 2, is not HellaSwag: 'label' is -1, not 0 to 3": [without("") | {"label": -1}],
 }  # fmt: skip
 
 
@@ -389,6 +501,7 @@ def body(n: int) -> bytes:
 
 
 OK, MISSING = (200, body(20), None), (404, b"not here", None)
+LONG = (200, body(21), None)
 SHORT, CUT, BROKEN = (200, body(19), None), (200, body(20), 10**6), (500, b"", None)
 
 
@@ -402,13 +515,74 @@ def test_a_download_is_tried_again_and_done_once(site):
 
 @pytest.mark.parametrize(
     "answer, reason",
-    [(MISSING, "404"), (BROKEN, "500"), (SHORT, "19 lines came, not 20"), (CUT, "IncompleteRead")],
+    [
+        (MISSING, "404"),
+        (BROKEN, "500"),
+        (SHORT, "19 lines came, not 20"),
+        (LONG, "21 lines came, not 20"),
+        (CUT, "IncompleteRead"),
+    ],
 )
 def test_a_failed_download_leaves_nothing_and_says_why(answer, reason, site):
     site.answers[:] = [answer] * 3
     with pytest.raises(OSError, match=rf"(?s)cannot download http.*{reason}.*by hand"):
         list(hellaswag.iterate_examples("val"))
     assert not list(Path().rglob("*val*"))
+
+
+def test_a_download_waits_before_it_is_tried_again_and_for_no_answer_half_a_minute(
+    site, monkeypatch
+):
+    waits, timeouts, urlopen = [], [], hellaswag.urllib.request.urlopen
+    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr(
+        "urllib.request.urlopen",
+        lambda url, timeout=None: timeouts.append(timeout) or urlopen(url, timeout=timeout),
+    )
+    site.answers[:] = [BROKEN, BROKEN, OK]
+    hellaswag.download("val")
+    assert waits == [0, 2, 4] and timeouts == [30] * 3  # s
+
+
+def test_a_full_disk_leaves_no_part_of_a_download(site, monkeypatch):
+    names = []
+
+    def full(file_descriptor: int) -> None:
+        names.extend(path.name for path in Path("hellaswag").iterdir())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    site.answers[:] = [OK] * 3
+    with pytest.raises(OSError, match="No space left"):
+        hellaswag.download("val")
+    # Until it is whole, it has a name that no other process uses.
+    assert names == [f"hellaswag_val.jsonl.{os.getpid()}.tmp"]
+    assert len(site.asked) == 1 and not list(Path("hellaswag").iterdir())
+
+
+def test_each_of_two_machines_with_their_own_disks_downloads_once(monkeypatch):
+    rank, disks, downloads = threading.local(), {0: [], 1: []}, []
+
+    def iterate(split: str) -> list:
+        machine = rank.number // 2
+        if not disks[machine]:
+            downloads.append(rank.number)
+            time.sleep(0.1)  # long enough that another one that may would start as well
+            disks[machine] = make_examples(20)
+        return disks[machine]
+
+    def environ(key: str, default: str | None = None) -> str | None:
+        return str(rank.number % 2) if key == "LOCAL_RANK" else default
+
+    def load(worker: Worker) -> list:
+        rank.number = worker.rank
+        return hellaswag.load_examples(worker)
+
+    monkeypatch.setattr(hellaswag, "SPLITS", {"val": 20})
+    monkeypatch.setattr(hellaswag, "iterate_examples", iterate)
+    monkeypatch.setattr(hellaswag, "os", SimpleNamespace(environ=SimpleNamespace(get=environ)))
+    assert run_ranks(4, load) == [make_examples(20)] * 4
+    assert downloads == [0, 2]
 
 
 def test_all_workers_get_the_examples_of_one_download(site, capsys):
@@ -494,18 +668,85 @@ def test_the_command_line_shows_all_figures_beside_the_published_ones(
     hellaswag.main(["--model", str(checkpoint), "--data", str(path), *how])
     out, err = capsys.readouterr()
     assert "20/20" in err and "acc_norm" in err  # the progress bar
-    for example in examples[:3]:
-        assert example["ctx"] in out and all(f"  {ending}\n" in out or f"* {ending}\n" in out
-                                             for ending in example["endings"])  # fmt: skip
-    for figure in (".2859 .2955 .2892 .3114 .3842 .4893 .4004 .5089 .337").split():
-        assert figure in out
-    model, own = make_model(), [line for line in out.splitlines() if "this model" in line]
-    figures = {}
+    assert out.startswith("20 examples on cpu in torch.float32")
+    lines, model, figures = out.splitlines(), make_model(), {}
     for harness in (False, True):  # with the tokenizer that the model was trained with
         figures |= hellaswag.evaluate(model, tokenizer, examples[:20], Worker(), harness=harness)
-    assert own[0].split()[-4:] == [
-        f"{value:.4f}".lstrip("0") for key, value in figures.items() if "stderr" not in key
-    ]
+    shown = [f"{value:.4f}".lstrip("0") for value in figures.values()]
+    header, *published = hellaswag.PUBLISHED.splitlines()
+    table = lines[lines.index(header) :]
+    assert table[3:] == published
+    assert table[1].split() == ["this", "model,", "20", "examples", *shown[::2]]
+    assert table[2].split() == ["standard", "error", *shown[1::2]]
+
+
+def test_published_figures_are_those_of_the_sources():
+    figures = re.findall(r"\.\d{3,4}\b", hellaswag.PUBLISHED.split("(")[0])
+    assert figures == ".2859 .2955 .2892 .3114 .3842 .4893 .4004 .5089 .337".split()
+
+
+def test_the_first_examples_are_shown_with_the_losses_of_their_endings(
+    checkpoint, tokenizer, capsys
+):
+    examples = make_examples(5)
+    path = write_examples(Path("my.jsonl"), examples)
+    hellaswag.main(["--model", str(checkpoint), "--data", str(path), "--precision", "fp32"])
+    blocks = capsys.readouterr().out.split("\n\n")[1:4]
+    nats, _ = score_plainly(make_model(), tokenizer, examples[:3])
+    for example, block, losses in zip(examples[:3], blocks, nats.tolist(), strict=True):
+        context, *lines = block.splitlines()
+        assert context == example["ctx"]
+        lengths = hellaswag.render_example(example, tokenizer).lengths
+        means = [loss / length for loss, length in zip(losses, lengths, strict=True)]
+        for k, line in enumerate(lines):
+            best = ["<" if c[k] == min(c) else " " for c in (losses, means)]
+            true = "*" if k == example["label"] else " "
+            ending = example["endings"][k]
+            assert line == f"{losses[k]:8.2f}{best[0]}{means[k]:8.2f}{best[1]} {true} {ending}"
+
+
+def test_flags_reach_the_scoring(checkpoint, monkeypatch, capsys):
+    path, calls = write_examples(Path("my.jsonl"), make_examples(4)), []
+    make_batches = hellaswag.make_batches
+    monkeypatch.setattr(
+        hellaswag, "make_batches",
+        lambda rows, batch_tokens: calls.append(batch_tokens) or make_batches(rows, batch_tokens),
+    )  # fmt: skip
+    how = ["--batch_tokens", "77", "--device", "cpu"]
+    for precision, dtype in (("bf16", "torch.bfloat16"), ("fp32", "torch.float32")):
+        calls.clear()
+        hellaswag.main(
+            ["--model", str(checkpoint), "--data", str(path), *how, "--precision", precision]
+        )
+        assert calls == [512, 77, 77]  # the first examples, then both ways of scoring
+        assert f"on cpu in {dtype};" in capsys.readouterr().out
+
+
+def test_a_terminal_that_lacks_a_character_stops_nothing(checkpoint, monkeypatch):
+    path = write_examples(Path("my.jsonl"), [make_examples(1)[0] | {"ctx": "東京"}])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    hellaswag.main(["--model", str(checkpoint), "--data", str(path)])
+    sys.stdout.flush()
+    assert rb"\u6771\u4eac" in sys.stdout.buffer.getvalue()
+
+
+def test_help_ends_with_the_published_figures(capsys):
+    with pytest.raises(SystemExit) as caught:
+        hellaswag.main(["--help"])
+    assert not caught.value.code
+    assert capsys.readouterr().out.endswith(f"{hellaswag.PUBLISHED}\n")
+
+
+def test_without_train_gpt2_the_file_can_be_imported_and_its_command_line_says_what_is_missing(
+    sandbox,
+):
+    shutil.copy(ROOT / "hellaswag.py", sandbox)
+    for command, status, message in (
+        (["-c", "import hellaswag"], 0, ""),
+        (["hellaswag.py"], 1, "error: No module named 'train_gpt2'\n"),
+    ):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (status, message)
 
 
 def test_what_cannot_be_scored_is_one_line_and_exit_status_1(checkpoint, site, gpt2, monkeypatch):
@@ -522,6 +763,7 @@ def test_what_cannot_be_scored_is_one_line_and_exit_status_1(checkpoint, site, g
         (["--data", "none.jsonl"], "error: .*No such file.*none.jsonl"),
         (["--data", "val"], "error: cannot download .*404"),
         (["--limit", "0"], "error: --limit 0"),
+        (["--batch_tokens", "0"], "error: --batch_tokens 0"),
         (["--limit", "x"], "error: argument --limit: invalid int value"),
     ]:
         with pytest.raises(SystemExit, match=message) as caught:
