@@ -330,11 +330,11 @@ def token_losses(model: GPT, rows: Sequence[Row], n_vocab: int) -> Tensor:
     x = x[b, t]  # (N, C)
     targets = torch.tensor([token for row in rows for token in row.targets], device=device)  # (N,)
     chunk_size = 2**26 // n_vocab  # so many rows of fp32 logits take 256 MiB
-    losses = []
-    for chunk, target in zip(x.split(chunk_size), targets.split(chunk_size), strict=True):
-        logits = model.lm_head(chunk)[:, :n_vocab].float()  # (chunk_size, n_vocab)
-        losses.append(F.cross_entropy(logits, target, reduction="none"))
-    return torch.cat(losses)
+    losses = [
+        F.cross_entropy(model.lm_head(chunk)[:, :n_vocab].float(), target, reduction="none")
+        for chunk, target in zip(x.split(chunk_size), targets.split(chunk_size), strict=True)
+    ]
+    return torch.cat(losses)  # (N,)
 
 
 def pick_answers(nats: Tensor, lengths: Tensor) -> Tensor:
