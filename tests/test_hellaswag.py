@@ -369,11 +369,11 @@ def test_text_is_cleaned_as_the_harness_cleans_it(text):
 
 def test_the_harness_reads_activity_and_capital_and_divides_by_characters(tokenizer):
     example = dict(
-        activity_label="Žonglování", ctx_a="A man is in a park.", ctx_b="ößER [step]", label=1,
+        activity_label="Žonglování", ctx_a="A man is in a park.", ctx_b="ößER Nu [step]", label=1,
         endings=["runs [title] Fast", "🦜 東京", "[substeps] a", "a  b"], ctx="not this",
     )  # fmt: skip
     context, endings, lengths = hellaswag.render_example(example, tokenizer, harness=True)
-    assert tokenizer.decode(context) == "Žonglování: A man is in a park. Ößer"
+    assert tokenizer.decode(context) == "Žonglování: A man is in a park. Ößer nu"
     # The space that a marker leaves behind the context is read with the ending.
     assert [tokenizer.decode(e) for e in endings] == ["  runs. Fast", "  🦜 東京", "   a", "  a b"]
     assert lengths == [10, 4, 2, 3]  # characters, not bytes, and without the spaces in front
