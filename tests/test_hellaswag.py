@@ -228,21 +228,26 @@ def test_a_worker_in_bf16_finds_nearly_the_losses_of_fp32(tokenizer):
     torch.testing.assert_close(nats, exact, rtol=0.05, atol=0)
 
 
-def test_the_bar_counts_examples_and_ends_with_the_result(tokenizer):
-    model, examples, shown = make_model(block_size=40), make_examples(30), []
-    bar = SimpleNamespace(n=0, set_postfix_str=shown.append)
+def test_the_bar_counts_whole_examples_and_ends_with_the_result(tokenizer, monkeypatch):
+    model, examples, numbers = make_model(block_size=40), make_examples(30), set()
+    whole, counts, texts = [], [], []  # after each batch
+    token_losses = hellaswag.token_losses
+
+    def record(model, rows, n_vocab):
+        numbers.update(number for row in rows for number in row.numbers)
+        whole.append(sum(all(4 * i + k in numbers for k in range(4)) for i in range(30)))
+        return token_losses(model, rows, n_vocab)
 
     def update(n: int) -> None:
         bar.n += n
-        shown.append(bar.n)
+        counts.append(bar.n)
 
-    bar.update = update
+    bar = SimpleNamespace(n=0, set_postfix_str=texts.append, update=update)
+    monkeypatch.setattr(hellaswag, "token_losses", record)
     result = hellaswag.evaluate(model, tokenizer, examples, Worker(), 100, bar=bar)
-    counts, texts = shown[1::2], shown[::2]
-    assert counts == sorted(counts) and counts[-1] == 30 and len(set(counts)) > 5
-    assert texts[-1] == "acc {hellaswag_acc:.4f}, acc_norm {hellaswag_acc_norm:.4f}".format(
-        **result
-    )
+    assert counts == whole and counts[-1] == 30 and len(set(counts)) > 5
+    shown = "acc {hellaswag_acc:.4f}, acc_norm {hellaswag_acc_norm:.4f}".format(**result)
+    assert texts[-1] == shown
     for text, n in zip(texts, counts, strict=True):
         for share in re.findall(r"\d\.\d+", text):  # before the first example is done: nan
             right = float(share) * n
