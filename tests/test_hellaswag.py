@@ -565,11 +565,12 @@ def test_a_full_disk_leaves_no_part_of_a_download(site, monkeypatch):
     assert len(site.asked) == 1 and not list(Path("hellaswag").iterdir())
 
 
-def test_each_of_two_machines_with_their_own_disks_downloads_once(monkeypatch):
-    rank, disks, downloads = threading.local(), {0: [], 1: []}, []
+def test_each_of_two_machines_downloads_once_and_each_worker_reads_once(monkeypatch):
+    rank, disks, downloads, reads = threading.local(), {0: [], 1: []}, [], []
 
     def iterate(split: str) -> list:
-        machine = rank.number // 2
+        machine = rank.number // 2  # each has its own disk
+        reads.append(rank.number)
         if not disks[machine]:
             downloads.append(rank.number)
             time.sleep(0.1)  # long enough that another one that may would start as well
@@ -587,7 +588,7 @@ def test_each_of_two_machines_with_their_own_disks_downloads_once(monkeypatch):
     monkeypatch.setattr(hellaswag, "iterate_examples", iterate)
     monkeypatch.setattr(hellaswag, "os", SimpleNamespace(environ=SimpleNamespace(get=environ)))
     assert run_ranks(4, load) == [make_examples(20)] * 4
-    assert downloads == [0, 2]
+    assert downloads == [0, 2] and sorted(reads) == [0, 1, 2, 3]
 
 
 def test_all_workers_get_the_examples_of_one_download(site, capsys):
