@@ -109,7 +109,7 @@ def weights_and_logits(model: train_gpt2.GPT, ids: list[int]) -> dict[str, np.nd
 
 
 @torch.no_grad()
-def trace(model: train_gpt2.GPT, ids: list[int]) -> dict[str, np.ndarray]:
+def trace(model: train_gpt2.GPT, ids: list[int], n_vocab: int) -> dict[str, np.ndarray]:
     """What every matrix of the model gives for these T ids, (T, out) each, under the matrix's name.
 
     The page computes the rest from it: LayerNorms, scores, softmax, GELU and additions need only
@@ -138,7 +138,8 @@ def trace(model: train_gpt2.GPT, ids: list[int]) -> dict[str, np.ndarray]:
     stream = outputs["transformer.wte"] + outputs["transformer.wpe"]  # (T, C)
     lens = []
     for i in range(model.config.n_layer):
-        lens.append(model.lm_head(model.transformer.ln_f(stream)).softmax(dim=1).topk(LENS))
+        guesses = model.lm_head(model.transformer.ln_f(stream))[:, :n_vocab]  # (T, n_vocab)
+        lens.append(guesses.softmax(dim=1).topk(LENS))
         block = f"transformer.h.{i}"
         stream = stream + outputs[f"{block}.attn.c_proj"] + outputs[f"{block}.mlp.c_proj"]
     vectors = {name: p for name, p in model.named_parameters() if p.dim() == 1 and ".ln_" in name}
@@ -172,7 +173,10 @@ def write_page(
     ids = tokenizer.encode_ordinary(text)[:longest]
     if not ids:
         raise ValueError("the reference sentence is empty: it needs at least one token")
-    arrays = weights_and_logits(model, ids) if computes else trace(model, ids)
+    if computes:
+        arrays = weights_and_logits(model, ids)
+    else:
+        arrays = trace(model, ids, tokenizer.n_vocab)
     # In whole fours of bytes first: a browser reads such an array only from a multiple of four.
     order = sorted(arrays, key=lambda key: -arrays[key].itemsize)
     data = {

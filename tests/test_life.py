@@ -239,6 +239,25 @@ def test_every_number_on_the_way_is_pytorchs(browser, page, model, tokenizer):
         assert_close(got, expected[f"transformer.{key}"], atol=1e-5)
 
 
+@pytest.mark.parametrize("most", [life.PAGE_WEIGHTS, 1000])
+def test_logit_lens_is_the_head_put_behind_each_block(
+    browser, model, tokenizer, tmp_path, monkeypatch, most
+):
+    monkeypatch.setattr(life, "PAGE_WEIGHTS", most)
+    life.write_page(model, tokenizer, tmp_path / "life.html", text="the sun")
+    browser.open(tmp_path / "life.html")
+    outputs = outputs_of(model, browser.tokens())
+    streams = [outputs["transformer.wte"] + outputs["transformer.wpe"]]
+    streams += [outputs[f"transformer.h.{i}"] for i in range(model.config.n_layer)]
+    for t in range(len(browser.tokens())):
+        lens = browser.js(f"life.predict({t}).then(({{lens}}) => lens)")
+        for stream, guess in zip(streams, lens, strict=True):
+            logits = model.lm_head(model.transformer.ln_f(stream[t].float()))[: tokenizer.n_vocab]
+            p, ids = logits.softmax(dim=0).topk(5)
+            assert guess["ids"] == ids.tolist()
+            assert_close(guess["p"], p)
+
+
 def test_page_computes_a_model_without_biases(browser, model, tokenizer, tmp_path):
     model = copy.deepcopy(model)
     for module in model.modules():
@@ -378,6 +397,15 @@ def test_page_loads_nothing_but_itself(browser, page):
         e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"
     ]
     assert urls and all(url.startswith((page.as_uri(), "blob:", "data:")) for url in urls)
+    # Nor could it: the browser refuses by the page's own policy, before it looks for a network.
+    for attempt in ("fetch('https://example.org')", "new WebSocket('wss://example.org')"):
+        browser.js(
+            f"""new Promise((refused) => {{
+                  addEventListener("securitypolicyviolation", refused, {{once: true}});
+                  {attempt};
+                }}).then(({{blockedURI}}) => blockedURI)"""
+        )
+    assert len(browser.log("browser")) >= 2
 
 
 def test_page_can_be_used_with_the_keyboard(browser, page):
@@ -435,21 +463,38 @@ def test_a_large_model_has_the_trace_of_its_sentence_alone(
         assert len(text) > 200 and not re.search("NaN|undefined|object", text), station
 
 
-def test_quick_models_page_is_small_and_fast(browser, tmp_path):
+@pytest.fixture(scope="module")
+def quick_page(tmp_path_factory):
+    """The page of a model as large as the quick recipe's; its weights are random."""
     words = map("".join, itertools.product("abcdefghijklmnop", repeat=3))
-    tokenizer = encoding([word.encode() for word in itertools.islice(words, 4096 - 257)])
+    tokens = [b"  ", b"    ", *(word.encode() for word in itertools.islice(words, 4096 - 259))]
     shape = {key: value for key, value in train_gpt2.PRESETS["quick"].items() if key in SHAPE}
     model = train_gpt2.GPT(train_gpt2.GPTConfig(vocab_size=4096, **shape))
-    life.write_page(
-        model, tokenizer, tmp_path / "life.html", text="If the file does not exist, " * 9
-    )
-    assert (tmp_path / "life.html").stat().st_size <= 6e6
-    browser.open(tmp_path / "life.html")
+    path = tmp_path_factory.mktemp("quick") / "life.html"
+    life.write_page(model, encoding(tokens), path, text="If the file does not exist, " * 9)
+    return path
+
+
+def test_quick_models_page_is_small_and_fast(browser, quick_page):
+    assert quick_page.stat().st_size <= 6e6
+    browser.open(quick_page)
     assert browser.proof()[0] == "good" and len(browser.tokens()) == 64
-    took = [
-        browser.js("life.run(arguments[0]).then(({ms}) => ms)", browser.tokens()) for _ in range(3)
-    ]
-    assert min(took) < 500
+    run = "life.run(arguments[0]).then(({ms}) => ms)"
+    assert min(browser.js(run, browser.tokens()) for _ in range(3)) < 500
+
+
+def test_no_text_that_the_field_takes_freezes_the_page(browser, quick_page):
+    browser.open(quick_page)
+    for text in (" ", "a b", "\U0001f600"):
+        browser.type((text * 9999)[: browser.js("byId('text').maxLength")])
+        took = browser.js(
+            """STATIONS.map(({id}) => {
+                 const start = performance.now();
+                 go(id);
+                 return performance.now() - start;
+               })"""
+        )
+        assert max(took) < 3000, took
 
 
 def test_writing_a_page_leaves_the_model_as_it_was(model, tokenizer, tmp_path, monkeypatch):
