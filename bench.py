@@ -36,7 +36,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -229,7 +229,7 @@ def training(
     while True:
         if warm_up:
             step()
-        took, limit = seconds(lambda: [step() for _ in range(steps)]), worker.matmul_rate()
+        took, limit = seconds(lambda: [step() for _ in range(steps)]), worker.matmul_flops()
         turn = dict(first=first, rate=tokens / took, share=flops / took / limit)
         yield turn | dict(limit=limit / 1e9, gb=peak_gb(worker.device))
 
@@ -407,11 +407,8 @@ def bench_shards(worker: Worker, data: Path) -> None:
 def quick(data: Path) -> tuple[GPTConfig, TrainConfig]:
     """What the preset means."""
     vocab_size = train_gpt2.padded(fineweb.load_tokenizer(data).n_vocab)
-    flags = PRESETS["quick"] | dict(vocab_size=vocab_size)
-    kinds = (GPTConfig, TrainConfig)
-    names = [{field.name for field in fields(kind)} & flags.keys() for kind in kinds]
-    shape, run = ({name: flags[name] for name in some} for some in names)
-    return GPTConfig(**shape), TrainConfig(**run)
+    shape, cfg = PRESETS["quick"]
+    return replace(shape, vocab_size=vocab_size), replace(cfg, seq_len=shape.block_size)
 
 
 def run_quick(data: Path, processes: int = 1, **flags: Any) -> list[dict[str, Any]]:

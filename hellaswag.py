@@ -362,7 +362,7 @@ def score(
     labels = torch.tensor([example["label"] for example in examples]).view(-1, 1)  # (N, 1)
     nats = torch.zeros(len(examples), 4, dtype=torch.float64)
     batches = make_batches(make_rows(questions, block_size), batch_tokens)
-    with worker.autocast(), model.inference(worker.dtype, batch_tokens):
+    with worker.inference(model, batch_tokens):
         for batch in batches:
             losses = token_losses(model, batch, tokenizer.n_vocab).cpu().double()
             numbers = torch.tensor([number for row in batch for number in row.numbers])

@@ -1,57 +1,76 @@
-"""GPT-2 in one file: the model, its training and its sampling, to be read from top to bottom.
+"""GPT-2 in one file: the model, its training, and the text that it writes.
 
-    python train_gpt2.py                    a small GPT-2 on this computer, in under four minutes
-    python train_gpt2.py --generate "def "  what the newest run writes
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py      GPT-2 124M on eight GPUs
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py --resume      goes on where it stopped
+    python train_gpt2.py                       trains a small GPT-2 on this computer, in minutes
+    python train_gpt2.py --generate "def "     continues this text with the newest model
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py            trains GPT-2 124M on 8 GPUs
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py --resume   goes on after a stop
 
-The first needs neither a GPU nor a network: where `python fineweb.py` has not prepared FineWeb-Edu,
-the corpus is Python's own standard library and the preset `quick`. Where it has, the preset is
-`gpt2`: 124M parameters, 10B tokens, 19,073 steps of 524,288 tokens. `--help` lists every flag.
+The file is meant to be read from top to bottom. Its first part is GPT-2 itself, in the order in
+which one learns it. Its second part is the machinery around a training run: options, workers,
+checkpoints, the log. `--help` lists the options.
 
-A language model turns a sequence of tokens (whole numbers, each standing for a piece of text) into
-a probability for every possible next token. This is how GPT-2 does it:
+A language model reads text as tokens. A token is a frequent piece of text, and the model sees only
+its number, the id:
 
-    idx (B, T) ─wte, wpe─▶ x (B, T, C) ─L blocks─▶ x (B, T, C) ─ln_f, lm_head─▶ logits (B, T, V)
+    "The cat sat on the"  →  "The" " cat" " sat" " on" " the"  →  464 3797 3332 319 262
 
-Each token becomes a vector of C numbers, what it is (wte) plus where it stands (wpe): the residual
-stream. Each block adds to it twice: attention brings in what earlier tokens have to say, the MLP
-works on each token alone. The head compares the result with the vector of every token; softmax
-turns these V scores, the logits, into probabilities. Training lowers the loss: -ln of the
-probability that the true next token got, in nats, as the logarithm is the natural one.
+Byte-pair encoding (BPE) has chosen the pieces. It starts with the 256 bytes as tokens, and then
+makes the two neighbours that are most frequent in a large text into a new token, again and again.
+So any text can be written in tokens: a frequent word is one token, a rare word is several.
 
-Notation, everywhere in this project:
-    B  sequences in a batch          C   channels, the width of the model (n_embd)
-    T  tokens in a sequence          nh  attention heads (n_head); hs = C / nh, the size of a head
-    V  rows of wte (vocab_size)      L   blocks (n_layer)
+GPT-2 predicts which token comes next, for each of T tokens at the same time:
 
-Sections: Configuration · Model · Optimizers and schedule · Data · Workers and devices ·
-Evaluation · Checkpoints and the log · Training · Command line
+    ids (B, T) ─wte, wpe─▶ x (B, T, C) ─L blocks─▶ x (B, T, C) ─ln_f, lm_head─▶ logits (B, T, V)
 
-"GPT-2" below is Radford et al. 2019, "GPT-3" Brown et al. 2020 (arXiv:2005.14165): its appendix B
-gives the details of training that the GPT-2 paper leaves out.
+Each token becomes a vector of C numbers. It is the sum of one vector for what the token is (wte)
+and one for where it stands (wpe). This vector is called the residual stream, because every block
+only adds to it. A block adds twice: first attention adds what the token gathers from the tokens
+before it, then the MLP adds what it computes from this token alone. At the end lm_head compares the
+vector with the vectors of all V tokens of the vocabulary. The results are V scores, the logits, and
+the softmax function turns them into V probabilities that sum to 1.
+
+Training shows the model text whose next tokens are known. The loss at a position is -ln p, where p
+is the probability that the model gave to the true next token. A step of training changes every
+weight a little, in the direction in which the loss falls.
+
+Notation in all files of this project:
+    B   sequences in a batch                  nh  attention heads in a block (n_head)
+    T   tokens in a sequence                  hs  the size of a head: C / nh
+    C   channels of a token's vector (n_embd) L   blocks (n_layer)
+    V   tokens in the vocabulary (vocab_size)
+A comment like # (B, T, C) gives the shape of the tensor that its line makes.
+
+The papers: "GPT-2" is Radford et al. 2019, Language Models are Unsupervised Multitask Learners.
+"GPT-3" is Brown et al. 2020, arXiv:2005.14165. Its appendix B has the details of training that the
+GPT-2 paper leaves out.
 """
 
+from __future__ import annotations
+
 import argparse
-import contextlib
 import ctypes
 import functools
 import hashlib
-import itertools
+import inspect
 import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -59,174 +78,103 @@ import torch.nn.functional as F
 from tiktoken import Encoding
 from torch import Tensor
 
-import fineweb
-
-# ------------------------------------------------------------------------------ Configuration
+# ---------------------------------------------------------------------------------- The model
 
 
-def option(default: Any, help: str, low: float = 0, high: float = 2**40, choices: str = "") -> Any:
-    """A dataclass field that is a command-line flag too: its help and the values it may have."""
-    allowed = (low, high, choices.split())
-    return field(default=default, metadata=dict(help=help, allowed=allowed))
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model. The default is GPT-2 small, which has 124M parameters."""
 
-
-class Options:
-    """A dataclass of options. ValueError names the first whose value is not allowed."""
+    # The longest sequence that the model can read, in tokens.
+    block_size: int = 1024
+    # The rows of wte. GPT-2 has 50257 tokens: 256 bytes, 50000 merges, and <|endoftext|>. Training
+    # has a few rows more by default, because it rounds up to a multiple of 128.
+    vocab_size: int = 50257
+    # The number of blocks.
+    n_layer: int = 12
+    # The number of attention heads in each block.
+    n_head: int = 12
+    # The length of a token's vector, in channels. It has to be a multiple of n_head.
+    n_embd: int = 768
+    # The share of numbers that dropout sets to 0 during training.
+    dropout: float = 0.0
+    # Whether the Linear and LayerNorm layers add a learned vector, their bias.
+    bias: bool = True
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value, (low, high, choices) = getattr(self, f.name), f.metadata["allowed"]
-            if choices and value not in choices:
-                raise ValueError(f"{f.name}={value!r} is not one of {', '.join(choices)}")
-            if f.type in (int, float) and not low <= value <= high:
-                raise ValueError(f"{f.name}={value!r} is not from {low} to {high}")
-
-
-@dataclass(frozen=True)
-class GPTConfig(Options):
-    """The shape of a model; by default that of GPT-2 small, 124M parameters."""
-
-    block_size: int = option(1024, "longest context, tokens: the rows of wpe", 1, 2**20)
-    vocab_size: int = option(50257, "rows of wte (default: the tokens, padded: 50304)", 1, 2**20)
-    n_layer: int = option(12, "blocks", 1, 1024)
-    n_head: int = option(12, "attention heads of a block", 1, 1024)
-    n_embd: int = option(768, "channels, a multiple of n_head", 1, 2**16)
-    dropout: float = option(0.0, "share of activations zeroed in training", 0, 0.999)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
-
-
-@dataclass(frozen=True)
-class TrainConfig(Options):
-    """A run; by default the reproduction of GPT-2 124M on FineWeb-Edu."""
-
-    data_dir: str = option("edu_fineweb10B", "folder of token shards (fineweb.py makes them)")
-    log_dir: str = option("", "folder for the run's files (default: log/PRESET, log/PRESET-2, …)")
-    init: str = option("", "weights to start from: gpt2[-medium|-large|-xl], a folder or .pt file")
-    optimizer: str = option("adamw", "muon: on the blocks' matrices only", choices="adamw muon")
-    total_batch_size: int = option(2**19, "tokens a step, over all workers and micro-steps", 1)
-    micro_batch_size: int = option(64, "sequences at once, as a worker's memory allows", 1)
-    seq_len: int = option(1024, "tokens a sequence, at most block_size", 1)
-    max_steps: int = option(10**10 // 2**19, "steps (default: 10B tokens)", 1)
-    warmup_steps: int = option(715, "steps of warm-up (default: 375M tokens, as GPT-3)")
-    max_lr: float = option(6e-4, "the learning rate's peak (default: GPT-3's)", 1e-12, 1e3)
-    min_lr_ratio: float = option(0.1, "learning rate at the end, as a share of the peak", 0, 1)
-    weight_decay: float = option(0.1, "share of each matrix removed a step, times the rate")
-    grad_clip: float = option(1.0, "the gradient's largest norm; 0 for any")
-    eval_every: int = option(250, "steps from one evaluation to the next", 1)
-    val_tokens: int = option(20 * 2**19, "tokens of an evaluation, at most", 1)
-    sample_prompt: str = option("Hello, I'm a language model,", "what the samples start with")
-    hellaswag: str = option("on", "evaluate on HellaSwag as well", choices="on off")
-    checkpoint_every: int = option(500, "steps from one checkpoint to the next", 1)
-    seed: int = option(1337, "of weights, data order, dropout and samples")
-    device: str = option("auto", "where to compute", choices="auto cuda mps cpu")
-    precision: str = option("auto", "of matrix products", choices="auto bf16 fp16 fp32")
-    compile: str = option("auto", "torch.compile (auto: on CUDA)", choices="auto on off")
-
-    def micro_steps(self, world_size: int) -> int:
-        """How many passes of B·T tokens a worker adds up for one step, too large for its memory."""
-        tokens = self.micro_batch_size * self.seq_len * world_size
-        if self.total_batch_size % tokens:
-            nearest = max(1, round(self.total_batch_size / tokens)) * tokens
-            raise ValueError(
-                f"total_batch_size={self.total_batch_size} is no multiple of micro_batch_size ·"
-                f" seq_len · workers = {tokens}; the nearest is {nearest}"
-            )
-        return self.total_batch_size // tokens
-
-
-@dataclass(frozen=True)
-class SampleConfig(Options):
-    """What --generate writes."""
-
-    n: int = option(1, "samples", 1, 1024)
-    max_new_tokens: int = option(200, "tokens of a sample, after the prompt", 0)
-    temperature: float = option(1.0, "0: the likeliest token; 1: as the model believes", 0, 100)
-    top_k: int = option(50, "of the k likeliest tokens only", 1)
-    top_p: float = option(1.0, "of the likeliest with probability p together only", 1e-9, 1)
-
-
-# What differs from the defaults above. The larger models' learning rates are GPT-3's, table 2.1.
-PRESETS: dict[str, dict[str, Any]] = {
-    "quick": dict(
-        data_dir="data/stdlib", n_layer=3, n_head=2, n_embd=128, block_size=128, seq_len=128,
-        total_batch_size=4096, micro_batch_size=32, max_steps=1000, warmup_steps=20, max_lr=1.5e-2,
-        min_lr_ratio=0.0, optimizer="muon", eval_every=250, checkpoint_every=250, val_tokens=2**20,
-        sample_prompt="def ", hellaswag="off",
-    ),
-    "gpt2": dict(),
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4, micro_batch_size=32),
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4, micro_batch_size=16),
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4, micro_batch_size=8),
-}  # fmt: skip
-
-# -------------------------------------------------------------------------------------- Model
-
-
-def attends_by_hand(device: torch.device, dtype: torch.dtype, T: int) -> bool:
-    """Where the form by hand below beats PyTorch's kernel: 1.25 times, in a step of quick."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and 1 < T <= 256
+        check_values(self)
 
 
 class CausalSelfAttention(nn.Module):
-    """Each token gathers from itself and those before it: softmax(q·kᵀ / √hs)·v, head by head.
+    """Lets every token gather information from itself and from the tokens before it.
 
     (B, T, C) → (B, T, C). Vaswani et al. 2017, arXiv:1706.03762, section 3.2.
+
+    From each token's vector three others are made. The query says what the token looks for, the key
+    says what it can be found by, and the value is what it hands over when it is found.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        # One matrix makes queries, keys and values, as one large product is faster than three.
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: Tensor | None = None, past: int = 0
-    ) -> Tensor:
-        """The context (mask, cache, past): see GPT.hidden."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None):
+        """mask and cache serve evaluation and generation: see GPT.hidden. Training has neither."""
         B, T, C = x.size()
-        # A token's query says what it looks for, its key what it can be found by, its value what it
-        # gives. One matrix makes all three, as one large product is faster than three small ones.
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
-        # A head is hs of the C channels. Splitting is a view, no number moves: (B, nh, T, hs) each.
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))
+        # The channels are cut into nh heads, each of which looks for something else. This moves no
+        # number: view and transpose only change how the same memory is indexed.
+        hs = C // self.n_head
+        q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
-            cache[0, :, :, past : past + T], cache[1, :, :, past : past + T] = k, v
-            k, v = cache[:, :, :, : past + T]  # (B, nh, past + T, hs) each
-        if mask is None and attends_by_hand(x.device, q.dtype, T):
-            # Divided by √hs: a sum of hs independent products of mean 0 and variance 1 has variance
-            # hs, and softmax of large numbers picks one token, with hardly a gradient. Causal: the
-            # scores of later tokens become -inf, so their weights are 0.
-            later = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)  # 0 up to the diagonal
-            scores = q / math.sqrt(q.size(-1)) @ k.mT + later  # (B, nh, T, T)
-            weights = scores.softmax(dim=-1)  # each row sums to 1
-            y = F.dropout(weights, self.dropout, self.training) @ v  # (B, nh, T, hs)
+            k, v = cache.extend(k, v)  # (B, nh, tokens so far, hs) each
+        if formula_is_faster(q, mask):
+            # A score says how well a query and a key match. It is a sum of hs products. If these
+            # have variance 1, the sum has variance hs, and dividing by √hs brings it back to 1.
+            # Without that, softmax would give nearly all weight to one token from the start, and
+            # the others would hardly get a gradient from which to learn.
+            scores = (q / math.sqrt(hs)) @ k.mT  # (B, nh, T, T): a row for each query
+            # No token may look at later ones. Training asks each token for its successor. If the
+            # successor could be seen, copying it would bring the loss near 0, and the model would
+            # be worthless for writing, where there is no successor to copy yet. A score of -∞
+            # becomes a weight of 0, because e^-∞ = 0.
+            later = torch.full((T, T), -math.inf, device=x.device, dtype=q.dtype).triu(1)  # (T, T)
+            weights = (scores + later).softmax(dim=-1)  # (B, nh, T, T): each row sums to 1
+            weights = F.dropout(weights, self.dropout, self.training)
+            y = weights @ v  # (B, nh, T, hs): for each query the weighted sum of the values
         else:
-            # The same in one call. Where the device has such a kernel (FlashAttention,
-            # arXiv:2205.14135) no (T, T) matrix is ever held. is_causal is the mask from above. A
-            # single query is the last token and may see all keys; is_causal would leave it one.
-            y = F.scaled_dot_product_attention(
-                q, k, v, mask, self.dropout * self.training, is_causal=mask is None and T > 1
-            )  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again; c_proj mixes them
-        return self.resid_dropout(self.c_proj(y))
+            # This call computes the same. On a GPU it is FlashAttention (arXiv:2205.14135), which
+            # never holds a whole (T, T) matrix. is_causal means the mask from above. While the
+            # cache is in use, T is 1: the only query is the newest token, which may see all keys.
+            dropout = self.dropout if self.training else 0.0
+            causal = mask is None and T > 1
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the results of all heads, side by side
+        return self.resid_dropout(self.c_proj(y))  # c_proj lets the channels of all heads mix
 
 
 class MLP(nn.Module):
-    """Each token by itself: 4C detectors (c_fc, GELU), each of which writes its vector (c_proj).
+    """Computes something from each token's vector by itself.
 
-    (B, T, C) → (B, T, C). GELU (arXiv:1606.08415) is x·P(N(0, 1) < x): like ReLU, x or nothing far
-    from 0, but smooth, and with a slope for negative x too. GPT-2 used the tanh approximation.
+    (B, T, C) → (B, T, C). c_fc compares the vector with 4C learned patterns. GELU keeps the matches
+    and drops the rest. For each match, c_proj adds a learned vector to the result.
+
+    GELU (arXiv:1606.08415) is x·P(z < x) for a normal random number z. Far from 0 it is x or 0, as
+    ReLU is. Near 0 it is smooth, and it has a gradient where x is negative as well. GPT-2 used the
+    approximation with tanh. The factor 4 is that of Vaswani et al.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -235,439 +183,679 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Communication (attention), then computation (MLP); each adds to the residual stream x.
+    """Communication between tokens (attention), then computation in each of them (MLP).
 
-    Pre-norm (GPT-2, section 2.3): LayerNorm stands before each sublayer, not on the stream after it
-    (post-norm, Vaswani et al.), so the gradient below ln_f reaches every block through additions
-    alone. It brings each token's C numbers, by themselves, to mean 0 and variance 1, then scales
-    and shifts them by two learned vectors: however large the stream has grown, a sublayer's input
-    has one size.
+    (B, T, C) → (B, T, C). Both add their result to the residual stream x. Both read it through a
+    LayerNorm, which works on each token's C numbers by themselves:
+
+        y = (x - mean(x)) / √(variance(x) + 1e-5) · weight + bias
+
+    So they read numbers of one size, however large the stream has grown. weight and bias are two
+    learned vectors, (C,). The stream itself is never normalised (pre-norm; GPT-2, section 2.3).
+    Vaswani et al. normalised the stream after each addition (post-norm). Without that, gradients
+    flow from the last block to the first through additions alone, and so do not fade in between.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        x = x + self.attn(self.ln_1(x), *context)  # (B, T, C)
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None):
+        x = x + self.attn(self.ln_1(x), mask, cache)  # (B, T, C)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
-def sample(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:  # fmt: skip
-    """Draw a token for each row of logits (B, V) → ids (B, 1). Settings: see SampleConfig."""
-    if temperature == 0:
-        return logits.argmax(dim=1, keepdim=True)
-    V = logits.size(1)
-    limited = top_k is not None or top_p is not None
-    logits, ids = logits.topk(min(top_k or V, V)) if limited else (logits, None)  # likeliest first
-    p = (logits / temperature).softmax(dim=1)
-    if top_p is not None:  # a token stays while those before it fall short of top_p
-        p = p.masked_fill(p.cumsum(dim=1) - p >= top_p, 0.0)
-    choice = torch.multinomial(p, num_samples=1, generator=generator)
-    return ids.gather(1, choice) if limited else choice
-
-
-class CrossEntropy(torch.autograd.Function):
-    """logits (B·T, V), targets (B·T,) → the sum of -ln softmax(logits)[target], nats: ().
-
-    Its gradient is softmax(logits), less 1 at the target: what is believed minus what is true. It
-    is written over the logits, by far the largest tensor of a step, a few rows at a time: they fit
-    into a CPU's cache, and only they are held in fp32, which sums over V terms need. At B=8, T=1024
-    a 124M step takes 6.4 GB so, with F.cross_entropy 11.1 and 1.24 times as long.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        loss, rows = torch.zeros((), device=logits.device), max(1, 2**20 // logits.size(1))
-        for some, target in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
-            x = some.float()  # (rows, V)
-            p = x.softmax(dim=1)
-            # p = exp(x) / Σ exp(x), so ln Σ exp(x) = x - ln p; safest for the largest p.
-            loss += (x.amax(dim=1) - p.amax(dim=1).log()).sum() - x.gather(1, target).sum()
-            some.copy_(p.scatter_add_(1, target, p.new_full(target.shape, -1.0)))
-        ctx.save_for_backward(logits)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0].mul_(grad), None
-
-
 class GPT(nn.Module):
-    """GPT-2. The parameters have the names of OpenAI's checkpoint."""
+    """GPT-2. Its parameters have the names that transformers gives them.
+
+    Dropout sets a random share of numbers to 0 in training and divides the others by the share that
+    is kept, so that the mean stays. This makes a model rely less on single numbers, which helps
+    where the same text is read many times. It acts in four places: on the sum of the two embeddings
+    (drop), on the weights of attention, and on what attention and the MLP add to the stream.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        t = self.transformer = nn.ModuleDict()
-        t.wte = nn.Embedding(config.vocab_size, config.n_embd)  # a row for each token
-        t.wpe = nn.Embedding(config.block_size, config.n_embd)  # a row for each position
-        t.drop = nn.Dropout(config.dropout)
-        t.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        t.ln_f = nn.LayerNorm(config.n_embd)
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),  # a vector for each token
+            wpe=nn.Embedding(config.block_size, config.n_embd),  # a vector for each position
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+        ))  # fmt: skip
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # One tensor in two roles (arXiv:1608.05859): what a token means where it is read, and how
-        # it scores where it is predicted, are learned as one. GPT-2 small saves 38.6M weights.
+        # One tensor has two jobs (arXiv:1608.05859): wte looks a token up, lm_head scores it. What
+        # a token means where it is read and where it is predicted is then learned together. GPT-2
+        # small saves 38.6M parameters by this.
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
+    def hidden(self, idx: Tensor, pos: Tensor | None = None, mask: Tensor | None = None,
+               caches: list[KVCache] | None = None) -> Tensor:  # fmt: skip
+        """Token ids idx (B, T) → the residual stream after the last LayerNorm, (B, T, C).
+
+        Training gives idx alone. The other arguments are:
+        pos (T,) or (B, T): the position of each token, if they are not 0, 1, 2, …
+        mask (B, 1, T, T): True where a query (row) may look at a key (column), if it is not the
+            causal mask.
+        caches: a KVCache for each block. Positions then go on behind the tokens in the cache.
+
+        Errors: ValueError if there are more tokens than block_size.
+        """
+        if pos is None:
+            start = caches[0].n_tokens if caches else 0
+            end, limit = start + idx.size(1), self.config.block_size
+            require(end <= limit, f"{end} tokens are more than block_size={limit}")
+            pos = torch.arange(start, end, device=idx.device)  # (T,)
+        # Looking up row i of wte gives what a product with a one-hot vector would give. Positions
+        # have learned rows too, and so there are none beyond block_size. Without positions,
+        # attention would see the tokens before it as an unordered set.
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
+        x = self.transformer.drop(x)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, mask, caches[i] if caches else None)  # (B, T, C)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Token ids idx (B, T) → logits (B, T, V). With targets (B, T) → the mean loss in nats, ().
+
+        targets are the tokens that really come next. A sequence trains T predictions in one pass,
+        each of them from the true tokens before it ("teacher forcing"). The loss is their mean
+        cross entropy. Its unit is the nat, as the logarithm is the natural one:
+
+            the true token got p = 0.25:        -ln 0.25    =  1.39 nats
+            all 50257 tokens equally likely:    -ln 1/50257 = 10.82 nats
+
+        The gradient of a logit is the probability that softmax gives it, minus 1 if it is the true
+        token's: what the model believes minus what is true.
+        """
+        x = self.hidden(idx)  # (B, T, C)
+        if targets is not None and loss_pays_in_chunks(x):
+            return ChunkedLoss.apply(x, self.lm_head.weight, targets)  # the same in less memory
+        logits = self.lm_head(x)  # (B, T, V)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Matrices normal with standard deviation 0.02, biases 0; LayerNorms are the identity.
+        """Draw matrices from a normal distribution, standard deviation 0.02; set biases to 0.
 
-        2L sublayers add to the residual stream, and variances add up: scaled by 1/√(2L), their last
-        projections together add as much as one would (GPT-2, section 2.3). ln_f gives the head C
-        numbers of variance 1: a logit has variance 0.02²·C, and the first loss is about
-        ln V + 0.02²·C / 2, where a uniform guess has ln V.
+        Each of the 2L sublayers (attention and MLP of every block) ends in a c_proj that adds to
+        the stream. Variances of independent terms add up, so the stream would grow with depth. We
+        draw c_proj smaller by √(2L). All 2L additions together then have the variance of one
+        (GPT-2, section 2.3).
+
+        The first loss is a little more than the ln V of a uniform guess. ln_f gives lm_head numbers
+        of variance 1, so a logit is normal with variance σ² = 0.02²·C, which is 0.307 for GPT-2
+        small. The mean of e^logit is then e^(σ²/2). Hence ln Σ e^logit is about ln V + σ²/2, and
+        the first loss is 10.82 + 0.15 = 10.98.
         """
-        for name, p in self.named_parameters():  # which gives the tied tensor once
+        for name, p in self.named_parameters():  # the tied tensor comes once
             if p.dim() == 2:
-                residual = name.endswith("c_proj.weight")
-                p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+                adds_to_stream = name.endswith("c_proj.weight")
+                p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if adds_to_stream else 0.02)
             elif name.endswith("bias"):
                 p.zero_()
 
     def num_params(self) -> int:
-        """The number of weights; those of the tied head count once."""
+        """The number of weights. The tensor that wte and lm_head share counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T: int) -> int:
-        """FLOPs a token, forward and backward, in sequences of T (arXiv:2204.02311, appendix B).
+        """FLOPs of training per token, in sequences of T tokens (arXiv:2204.02311, appendix B).
 
-        Forward a multiplication and an addition for each weight, backward twice that; wpe is only
-        looked up, wte multiplies as the head. Scores and weighted sums: 4·T·C a block, the masked
-        half counted too, and backward twice that.
+        A weight costs 2 FLOPs per token forward (a multiplication and an addition) and 4 backward,
+        6 in all. wpe is left out, because its rows are only looked up. wte counts, because as
+        lm_head it multiplies. The scores and the weighted sums of a block cost 2·C·T each forward,
+        and twice that backward: 12·C·T.
         """
         c = self.config
         return 6 * (self.num_params() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
 
-    def hidden(
-        self, idx: Tensor, pos: Tensor | None = None, mask: Tensor | None = None,
-        cache: Tensor | None = None, past: int = 0,
-    ) -> Tensor:  # fmt: skip
-        """Token ids idx (B, T) → the residual stream after the last LayerNorm, (B, T, C).
-
-        pos (T,) or (B, T): the tokens' positions, where they are not past, past + 1, …
-        mask (B, 1, T, T): true where a query may look, where that is not at all tokens up to it.
-        cache (L, 2, B, nh, block_size, hs): keys and values of `past` tokens; gets those of idx,
-            which is one token where past > 0: the mask above would be wrong for several.
-        """
-        if pos is None:
-            end = past + idx.size(1)
-            if end > self.config.block_size:
-                raise ValueError(f"{end} tokens are more than block_size={self.config.block_size}")
-            pos = torch.arange(past, end, device=idx.device)  # (T,)
-        # Looking up a row of wte is multiplying by a one-hot vector, without the zeros. Positions
-        # are learned rows too, no formula: so there are none beyond block_size. Without them a
-        # token would see the earlier ones as a heap, with no order.
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
-        x = self.transformer.drop(x)
-        for i, block in enumerate(self.transformer.h):
-            x = block(x, mask, None if cache is None else cache[i], past)
-        return self.transformer.ln_f(x)
-
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        """idx (B, T) → logits (B, T, V); with targets (B, T), the next tokens: → mean loss, nats.
-
-        Every position predicts its next token from the true ones so far (teacher forcing): T
-        predictions for one pass.
-        """
-        x = self.hidden(idx)
-        if targets is None:
-            return self.lm_head(x)
-        logits, targets = self.lm_head(x).flatten(0, 1), targets.flatten()  # (B·T, V), (B·T,)
-        if logits.is_cuda or torch.compiler.is_compiling():  # compiled, it is fused
-            return F.cross_entropy(logits.float(), targets)
-        return CrossEntropy.apply(logits, targets) / len(targets)
-
-    @contextlib.contextmanager
-    def inference(self, dtype: torch.dtype, rows: int) -> Iterator[None]:
-        """Inside, dropout is off and a CPU's weights are packed as oneDNN wants them for such rows.
-
-        Unpacked, it packs them in every call, which for few rows takes longer than the product:
-        124M generates 1.2 to 1.3 times as fast in bf16, 1.7 to 2.9 times in fp32.
-        """
-        oneDNN, was_training = torch.ops.mkldnn, self.training
-        able = self.lm_head.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if able and dtype != torch.float32:
-            able = dtype == torch.bfloat16 and oneDNN._is_mkldnn_bf16_supported()
-        linears = [m for m in self.modules() if isinstance(m, nn.Linear) and able]
-        for m in linears:
-            weight = oneDNN._reorder_linear_weight(m.weight.to(dtype), rows)
-            rest = (weight, None if m.bias is None else m.bias.to(dtype), "none", [], "")
-            m.forward = lambda x, rest=rest: oneDNN._linear_pointwise(x.to(dtype), *rest)
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(was_training)
-            for m in linears:
-                del m.forward
-
     @torch.no_grad()
-    def generate(
-        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-        top_p: float | None = None, stop: int | None = None, n_vocab: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Continue the rows of idx (B, T) → (B, T + max_new_tokens), or shorter if all rows stop.
+    def generate(self, idx: Tensor, max_new_tokens: int, stop: int | None = None,
+                 n_vocab: int | None = None, **settings: Any) -> Tensor:  # fmt: skip
+        """Continue each row of idx (B, T) by tokens that are drawn one by one → (B, T + new).
 
-        temperature, top_k, top_p (arXiv:1904.09751): see SampleConfig. stop: this token ends a row,
-        which then repeats it. n_vocab: the tokenizer's size, where wte is padded beyond it.
+        stop: the token that ends a row, which then repeats it. When all rows have ended, no more
+        are drawn. n_vocab: the number of tokens that may be drawn, where wte has more rows than the
+        tokenizer has tokens. settings: temperature, top_k, top_p and generator of `sample`.
 
-        No token looks ahead, so the keys and values of earlier ones never change: they are kept,
-        and each step feeds one token. Past block_size the window slides, every token has a new
-        position, and all is computed anew.
+        Errors: ValueError if there is no token to start from.
         """
-        if idx.size(1) == 0:
-            raise ValueError("the prompt is empty: it needs at least one token")
-        c, kind, past = self.config, idx.device.type, 0
-        mixed = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if mixed else self.lm_head.weight.dtype
-        shape = (c.n_layer, 2, len(idx), c.n_head, c.block_size, c.n_embd // c.n_head)
-        cache = torch.empty(shape, dtype=dtype, device=idx.device)
-        stopped = torch.zeros_like(idx[:, :1], dtype=torch.bool)
-        with self.inference(dtype, len(idx)):
+        require(idx.size(1) > 0, "the prompt is empty: it needs at least one token")
+        block_size = self.config.block_size
+        caches = [KVCache(block_size) for _ in self.transformer.h]
+        ended = torch.zeros_like(idx[:, :1], dtype=torch.bool)  # (B, 1)
+        with inference(self, rows=len(idx)):  # no dropout
             for _ in range(max_new_tokens):
-                if idx.size(1) <= c.block_size:
-                    x, past = self.hidden(idx[:, past:], cache=cache, past=past), idx.size(1)
+                if idx.size(1) <= block_size:
+                    x = self.hidden(idx[:, caches[0].n_tokens :], caches=caches)  # (B, new, C)
                 else:
-                    x = self.hidden(idx[:, -c.block_size :])
+                    # The window slides: every token has a new position, and so new keys and values.
+                    x = self.hidden(idx[:, -block_size:])  # (B, block_size, C)
                 logits = self.lm_head(x[:, -1])[:, :n_vocab].float()  # (B, n_vocab)
-                token = sample(logits, temperature, top_k, top_p, generator)  # (B, 1)
+                token = sample(logits, **settings)  # (B, 1)
                 if stop is not None:
-                    token = token.masked_fill(stopped, stop)
-                    stopped |= token == stop
+                    token = token.masked_fill(ended, stop)
+                    ended |= token == stop
                 idx = torch.cat((idx, token), dim=1)
-                if stopped.all():
+                if ended.all():
                     break
         return idx
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str) -> "GPT":
-        """gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, in Hugging Face's format, on the CPU.
+    def from_pretrained(cls, name_or_path: str) -> GPT:
+        """OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl, or any GPT-2 in a folder or on the hub
+        of Hugging Face. The model is on the CPU. Errors: ValueError with the reason."""
+        return load_hugging_face(name_or_path)
 
-        Reads safetensors only, which hold numbers and no code. Errors: ValueError, with the reason.
+    def save_pretrained(self, folder: str | Path, tokenizer: Encoding | None = None):
+        """Write a folder that the library transformers reads. Errors: OSError."""
+        save_hugging_face(self, Path(folder), tokenizer)
+
+
+# -------------------------------------------------------------------------------- Writing text
+
+
+class KVCache:
+    """The keys and values of the tokens that a block has read.
+
+    No token sees a later one, so its keys and values never change. Whoever writes token by token
+    keeps them, and computes those of the newest token alone. The answer is the same.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.n_tokens = 0
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the keys and values of new tokens, (B, nh, T, hs) each → those of all tokens so far.
+
+        Call it with the whole prompt first, and then with one token at a time. Several tokens
+        behind others would need a shifted causal mask, which attention does not have: ValueError.
         """
-        from safetensors.torch import load_file
-        from transformers import AutoConfig, GPT2Config
-        from transformers.utils import cached_file
-
-        same = ("model_type", "activation_function", "layer_norm_epsilon", "scale_attn_weights",
-                "scale_attn_by_inverse_layer_idx", "tie_word_embeddings")  # fmt: skip
-        try:
-            c, gpt2 = AutoConfig.from_pretrained(name_or_path), GPT2Config()
-            if others := [key for key in same if getattr(c, key, None) != getattr(gpt2, key)]:
-                raise ValueError(f"not a GPT-2, it has another {', '.join(others)}")
-            with torch.device("meta"):  # shapes without numbers: no memory is taken but the file's
-                model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
-            items = load_file(cached_file(name_or_path, "model.safetensors")).items()
-            # OpenAI's own lack the prefix, and hold causal masks, which are no weights.
-            skip = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")
-            tensors = {n.removeprefix("transformer."): t for n, t in items if not n.endswith(skip)}
-            model.transformer.load_state_dict(transpose_conv1d(tensors), assign=True)
-            model.lm_head.weight = model.transformer.wte.weight
-            return model.float()
-        except Exception as e:  # the hub, safetensors and transformers each fail in their own ways
-            reason = " ".join((str(e) or repr(e)).split())
-            raise ValueError(
-                f"no GPT-2 from {name_or_path!r}: {reason} (what can be: gpt2, gpt2-medium,"
-                " gpt2-large, gpt2-xl, or a folder with config.json and model.safetensors)"
-            ) from e
-
-    def save_pretrained(self, folder: str | Path, tokenizer: Encoding | None = None) -> None:
-        """Write a folder that transformers' AutoModelForCausalLM, AutoTokenizer and pipeline read.
-
-        Rows of wte beyond the tokenizer's vocabulary are left out. Errors: OSError.
-        """
-        from transformers import GPT2Config, GPT2LMHeadModel
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
-        c, eot = self.config, tokenizer.eot_token if tokenizer else None
-        n_vocab = tokenizer.n_vocab if tokenizer else c.vocab_size
-        hf = GPT2Config(
-            n_positions=c.block_size, vocab_size=n_vocab, n_layer=c.n_layer, n_head=c.n_head,
-            n_embd=c.n_embd, bos_token_id=eot, eos_token_id=eot,
-        )  # fmt: skip
-        theirs, tensors = GPT2LMHeadModel(hf), transpose_conv1d(self.state_dict())
-        for name in ("transformer.wte.weight", "lm_head.weight"):
-            tensors[name] = tensors[name][:n_vocab]
-        theirs.load_state_dict(tensors)
-        try:
-            theirs.save_pretrained(folder)
-        except Exception as e:  # safetensors has an error of its own for a full disk
-            raise OSError(f"cannot write {folder}: {e}") from e
-        if tokenizer:
-            fineweb.save_hf_tokenizer(tokenizer, folder, c.block_size)
+        B, nh, T, hs = k.size()
+        start, end = self.n_tokens, self.n_tokens + T
+        require(start == 0 or T == 1, f"{T} tokens behind {start} cached ones: feed one at a time")
+        if start == 0:
+            self.keys = k.new_empty(B, nh, self.block_size, hs)
+            self.values = v.new_empty(B, nh, self.block_size, hs)
+        self.keys[:, :, start:end] = k
+        self.values[:, :, start:end] = v
+        self.n_tokens = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-def transpose_conv1d(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """OpenAI wrote these layers as 1×1 convolutions, (in, out), and Hugging Face keeps that layout
-    ("Conv1D"); nn.Linear's is (out, in). So both loading and saving transpose."""
-    conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    return {name: t.T.contiguous() if name.endswith(conv1d) else t for name, t in tensors.items()}
+def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
+           top_p: float | None = None, generator: torch.Generator | None = None,
+           ) -> Tensor:  # fmt: skip
+    """Draw a token for each row of logits (B, V) → ids (B, 1).
+
+    The temperature divides the logits. At 1 tokens are drawn as often as the model believes. Below
+    1 likely tokens become likelier still, and 0 always takes the likeliest one ("greedy").
+    top_k keeps the k likeliest tokens. top_p (arXiv:1904.09751) keeps the likeliest tokens that
+    together have at least probability p. With top_p=0.7, for instance:
+
+        probability                       .5    .3    .15   .05
+        of all tokens before it together   0    .5    .8    .95
+        kept, as that is less than .7     yes   yes   no    no      → drawn with .5/.8 and .3/.8
+    """
+    if temperature == 0:
+        return logits.argmax(dim=1, keepdim=True)  # (B, 1)
+    if top_k is None and top_p is None:
+        return torch.multinomial((logits / temperature).softmax(dim=1), 1, generator=generator)
+    V = logits.size(1)
+    logits, ids = logits.topk(min(top_k or V, V))  # (B, k) each, the likeliest first
+    p = (logits / temperature).softmax(dim=1)
+    if top_p is not None:
+        p = p.masked_fill(p.cumsum(dim=1) - p >= top_p, 0.0)
+    choice = torch.multinomial(p, 1, generator=generator)  # (B, 1); divides p by its sum
+    return ids.gather(1, choice)
 
 
-# ------------------------------------------------------------------- Optimizers and schedule
+# ---------------------------------------------------------------------------- How weights change
 
 
 def get_lr(step: int, cfg: TrainConfig) -> float:
-    """The learning rate of step 0, 1, …: linear warm-up, half a cosine, then flat.
+    """The learning rate of a step (0, 1, …): a linear rise, half a cosine down, then constant.
 
-    Step 0 gets max_lr / warmup_steps, as a rate of 0 would waste it. Warm-up: the optimizer's
-    averages mean little yet. The fall: smaller steps settle in the valley that large ones found.
+    It starts low, because the optimizer's averages are made of few gradients then, and large steps
+    in a wrong direction do harm. It starts at max_lr / warmup_steps and not at 0, as a step with
+    rate 0 would be wasted. It falls at the end, because smaller steps settle where larger ones
+    would jump about. (GPT-3, appendix B: from 6e-4 to a tenth of it, after 375M tokens of rise.)
     """
     if step < cfg.warmup_steps:
         return cfg.max_lr * (step + 1) / cfg.warmup_steps
-    done = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
-    low = cfg.max_lr * cfg.min_lr_ratio
-    return low + (cfg.max_lr - low) * 0.5 * (1.0 + math.cos(math.pi * done))
+    progress = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
+    min_lr = cfg.max_lr * cfg.min_lr_ratio
+    return min_lr + (cfg.max_lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
-def orthogonalize(g: Tensor) -> Tensor:
-    """A matrix (…, rows, columns) with all its singular values brought near 1, in g's dtype.
+def configure_optimizers(model: GPT, cfg: TrainConfig, dtype: torch.dtype = torch.float32,
+                         ) -> list[torch.optim.Optimizer]:  # fmt: skip
+    """AdamW (arXiv:1711.05101) for all weights, or for all that Muon does not take.
 
-    Newton–Schulz iteration. Divided by its norm g has none above 1; aX + bXXᵀX + c(XXᵀ)²X lifts the
-    small ones, and five steps bring most to 0.7 … 1.2. a, b, c (below) are chosen for speed: it
-    goes no nearer to 1 (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    For each weight AdamW keeps an average m of its gradients g and an average v of their squares:
+
+        m ← 0.9·m + 0.1·g        v ← 0.95·v + 0.05·g²        weight ← weight - lr·m / (√v + 1e-8)
+
+    (m and v start at 0. AdamW corrects both for that in its first steps.) Dividing by √v gives
+    every weight steps of about the size lr, however large or small its gradients are.
+
+    Weight decay multiplies a weight by 1 - lr·weight_decay in each step. This keeps matrices from
+    growing without end. The vectors (biases, and weights of LayerNorms) are left out, because a
+    LayerNorm weight that is pulled to 0 would silence its channel. In GPT-2 small 50 matrices
+    decay, and 98 vectors do not.
+
+    The quick preset gives the matrices of the blocks to another optimizer, Muon, which is defined
+    in the second part. dtype: the precision of its matrix products.
     """
-    x = g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    x = x.mT if (tall := x.size(-2) > x.size(-1)) else x  # of x·xᵀ and xᵀ·x the smaller
-    for _ in range(5):
-        s = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
-    return x.mT if tall else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal: a step moves all directions of a matrix about equally.
-
-    A few directions dominate a gradient; so the rare ones learn as fast. An orthogonal matrix has
-    RMS 1/√max(rows, columns); 0.2·√max(rows, columns) times that is 0.2, about AdamW's, so one
-    learning rate serves both (arXiv:2502.16982). A group is of matrices of one shape, computed as
-    one batch: 4 % off a step of the quick preset.
-    """
-
-    def __init__(self, groups: list[list[Tensor]], weight_decay: float, dtype: torch.dtype) -> None:
-        defaults = dict(lr=0.0, weight_decay=weight_decay, momentum=0.95)
-        super().__init__([dict(params=group) for group in groups], defaults)
-        self.dtype = dtype  # of the orthogonalization, which need not be exact
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            params, lr, momentum = group["params"], group["lr"], group["momentum"]
-            grad = torch.stack([p.grad for p in params])  # (n, rows, columns)
-            average = self.state[params[0]].setdefault("average", torch.zeros_like(grad))
-            average.lerp_(grad, 1 - momentum)
-            update = grad.lerp(average, momentum).to(self.dtype)  # Nesterov: one step ahead
-            rows, columns = grad.shape[1:]
-            if rows == 3 * columns:  # c_attn is three matrices; as one, 0.025 bits a byte worse
-                rows = columns
-            update = orthogonalize(update.view(-1, rows, columns)).reshape(grad.shape)
-            for p, u in zip(params, update, strict=True):
-                p.mul_(1 - lr * group["weight_decay"])
-                p.add_(u, alpha=-0.2 * lr * max(rows, columns) ** 0.5)
-
-
-def configure_optimizers(
-    model: GPT, cfg: TrainConfig, dtype: torch.dtype = torch.float32
-) -> list[torch.optim.Optimizer]:
-    """AdamW (arXiv:1711.05101); for cfg.optimizer="muon" Muon takes the blocks' matrices from it.
-
-    AdamW divides a weight's average gradient by its usual size; betas are GPT-3's. Decay keeps the
-    matrices, wte and wpe too, from growing without end. Biases and LayerNorms have none: a scale
-    pulled to 0 would shut its channel. fused: a tensor's whole update in one pass over memory.
-    """
-    params = dict(model.named_parameters())
-    muon = [n for n, p in params.items() if cfg.optimizer == "muon" and ".h." in n and p.dim() == 2]
-    rest = [p for n, p in params.items() if n not in muon]
+    muon = [Muon(model.transformer.h, cfg.weight_decay, dtype)] if cfg.optimizer == "muon" else []
+    taken = {p for optimizer in muon for group in optimizer.param_groups for p in group["params"]}
+    rest = [p for p in model.parameters() if p not in taken]
     matrices = dict(params=[p for p in rest if p.dim() >= 2], weight_decay=cfg.weight_decay)
     vectors = dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)
+    # The betas are GPT-3's. fused=True updates a tensor in one pass over memory.
     adamw = torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.95), eps=1e-8, fused=True)
-    shapes = dict.fromkeys(params[n].shape for n in muon)
-    same_shape = [[params[n] for n in muon if params[n].shape == shape] for shape in shapes]
-    return [adamw, Muon(same_shape, cfg.weight_decay, dtype)] if muon else [adamw]
+    return [adamw, *muon]
 
 
-# --------------------------------------------------------------------------------------- Data
+# ----------------------------------------------------------------------------------- The data
+
+
+class DataLoaderLite:
+    """Batches of token sequences from the shards in data_dir. Errors: ValueError.
+
+    A shard is a file of token ids, with an <|endoftext|> before each document. It is cut into
+    windows of T inputs. The targets are the same tokens, one place further on. For T = 4:
+
+        shard      50256 464 3797 3332 319 262 2603  13 …
+        window 0   inputs  50256  464 3797 3332      targets   464 3797 3332 319
+        window 1   inputs    319  262 2603   13      targets   262 2603   13   …
+
+    Windows cross from one document into the next, and so does attention. This is simple and
+    accepted, as the <|endoftext|> between them tells the model that a new text begins.
+
+    Training reads each window once per epoch. It shuffles the shards, and the windows in each
+    shard, anew in every epoch. Validation reads its windows in order.
+
+    The order is a function of seed and epoch alone, and each worker computes from its rank which
+    windows are its own. So no communication is needed, and the step number is all that one needs to
+    know to resume a run. Micro-batch i takes B windows for rank 0, the next B for rank 1, and so
+    on. A step reads the same windows, however they are divided among workers and micro-batches.
+    B may be a fraction, if the windows of a step do not divide evenly.
+    """
+
+    def __init__(self, data_dir: str | Path, split: str, B: int | Fraction, T: int, rank: int = 0,
+                 world_size: int = 1, seed: int = 1337, n_vocab: int = 2**16):  # fmt: skip
+        self.B, self.T = B, T
+        self.rank, self.world_size = rank, world_size
+        self.seed, self.n_vocab, self.shuffled = seed, n_vocab, split == "train"
+        self.paths = find_shards(data_dir, split)
+        self.open_shard = functools.lru_cache(maxsize=64)(open_shard)  # a system limits open files
+        self.counts = np.array([(len(self.open_shard(path)) - 1) // T for path in self.paths])
+        self.counts = self.counts.clip(0)  # windows of each shard
+        self.n_windows = int(self.counts.sum())
+        no_window = f"{data_dir}: no {split} shard has the {T + 1} tokens of one window"
+        require(self.n_windows > 0, no_window)
+
+    def window(self, i: int) -> np.ndarray:
+        """The T + 1 tokens of window i, where the numbers run on from epoch to epoch."""
+        epoch, i = divmod(i, self.n_windows)
+        order = np.arange(len(self.paths))  # of the shards
+        if self.shuffled:
+            order = permutation(len(order), self.seed, epoch)
+        ends = self.counts[order].cumsum()
+        place = int(ends.searchsorted(i, side="right"))
+        shard = int(order[place])
+        i -= int(ends[place] - self.counts[shard])  # now it counts within the shard
+        if self.shuffled:
+            i = int(permutation(int(self.counts[shard]), self.seed, epoch, shard + 1)[i])
+        tokens = self.open_shard(self.paths[shard])[i * self.T : (i + 1) * self.T + 1]
+        too_large = f"{self.paths[shard]}: id {tokens.max()} in a vocabulary of {self.n_vocab}"
+        require(tokens.max() < self.n_vocab, too_large)
+        return tokens
+
+    def windows(self, numbers: range) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of these windows: int64, (number of windows, T) each."""
+        tokens = np.stack([self.window(i) for i in numbers]).astype(np.int64)
+        tokens = torch.from_numpy(tokens)  # (B, T + 1)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def batch(self, i: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of this worker's micro-batch i: int64, (B, T) each."""
+        k = i * self.world_size + self.rank
+        return self.windows(range(int(k * self.B), int((k + 1) * self.B)))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return map(self.batch, count())
+
+
+# -------------------------------------------------------------------------- The training loop
+
+
+def accumulate_gradients(net: nn.Module, run: Run, step: int) -> Tensor:
+    """Compute this worker's share of a step's gradients → the mean loss of its tokens, (), nats.
+
+    The tokens of a step do not fit into memory at once. So a worker runs several forward and
+    backward passes of B·T tokens ("micro-steps"), and the weights change only after the last.
+    """
+    total = torch.zeros((), device=run.worker.device)
+    for i in range(run.micro_steps):
+        x, y = run.loader.batch(step * run.micro_steps + i)  # (B, T) each
+        x, y = x.to(run.worker.device), y.to(run.worker.device)
+        # With several workers, backward() can average the gradients over all of them. It is told to
+        # do so in the last micro-step only, because once per step is enough and takes time.
+        net.require_backward_grad_sync = i == run.micro_steps - 1
+        with run.worker.autocast():  # matrix products in bf16, where the device is fast at it
+            # backward() adds its gradients to those that are there. A loss is a mean over its own
+            # sequences. Weighted by their share of all that this worker reads in the step, the
+            # losses add up to the mean over all, and the gradients to those of one large batch.
+            loss = net(x, y) * (len(x) / run.sequences)
+        run.scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
+def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bool = False,
+          signals: Sequence[int] = ()) -> int:  # fmt: skip
+    """Train the model, which is on worker.device. All files of the run go to cfg.log_dir.
+
+    worker: this process, by default alone, on the CPU and in fp32. resume: go on from the newest
+    checkpoint in cfg.log_dir, if there is one. signals: when a signal handler appends to this list,
+    the loop finishes its step, saves a checkpoint and returns that number. After the last step it
+    returns 0. Errors: ValueError; OSError; FloatingPointError if loss or gradient is not finite.
+    """
+    worker = worker or Worker()
+    # run has what the loop needs: optimizers, data loaders, checkpoints, the log.
+    run = Run(model.train(), cfg, worker)
+    if resume:
+        run.restore()
+    # net is the same model with the same weights, but compiled, and with its gradients averaged
+    # over the workers, where that is wanted. Evaluation does not use it, because it has inputs of
+    # many lengths, and each new length would be compiled anew.
+    net = run.prepare_net()
+    run.start_log()
+
+    signum = 0
+    for step in range(run.start, cfg.max_steps + 1):
+        finished = step == cfg.max_steps
+        # An evaluation comes before the first step, at regular steps, and after the last one.
+        if (step % cfg.eval_every == 0 or finished) and not signum:
+            run.evaluate(step)
+        if step > run.start and (step % cfg.checkpoint_every == 0 or finished or signum):
+            run.save(step)
+        if finished or signum:
+            break
+
+        began = time.perf_counter()
+        # Dropout draws from this seed. As it follows from the step, a resumed run draws the same
+        # masks. As it differs between workers, no two of them drop the same numbers.
+        torch.manual_seed((cfg.seed + step) * worker.world_size + worker.rank)
+
+        # 1. Find the direction: the gradient of the loss on the tokens of this step.
+        loss = accumulate_gradients(net, run, step)
+        for optimizer in run.optimizers:
+            run.scaler.unscale_(optimizer)
+
+        # 2. Bound it. If all gradients together, as one long vector, are longer than grad_clip,
+        # they are scaled down to that. So an odd batch cannot throw the weights far off.
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
+
+        # 3. Let all workers agree. Each tells its loss, and whether it was signalled to stop. After
+        # this all have the same numbers, and so do the same.
+        losses, numbers = worker.gather(loss.item(), signals[0] if signals else 0).unbind(dim=1)
+        signum = int(numbers.max())
+        # A loss or gradient that is not finite would spoil every weight, and so it ends the run.
+        # Only in fp16 a gradient may overflow now and then. The step is then skipped.
+        skip = run.must_skip(step, losses, norm)
+
+        # 4. Take the step, and forget its gradients.
+        lr = get_lr(step, cfg)
+        for optimizer in run.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if not skip:  # all optimizers or none: scaler.step() would decide for each by itself
+                optimizer.step()
+            optimizer.zero_grad()
+        run.scaler.update()
+
+        # 5. Write down how it went.
+        run.log_step(step, losses.mean().item(), lr, norm, time.perf_counter() - began)
+    if finished:
+        run.finish()
+    return signum
+
+
+# ==============================================================================================
+# Part II: a run. GPT-2 is complete at this point. What follows makes a training run convenient,
+# fast and safe: its options, files, workers and devices, evaluation, checkpoints and log, weights
+# from and for other programs, short cuts for a CPU, the optimizer Muon, and the command line.
+# ==============================================================================================
+
+# ------------------------------------------------------------------------------------ Options
+
+CHOICES = {
+    "optimizer": ("adamw", "muon"), "hellaswag": ("on", "off"), "compile": ("auto", "on", "off"),
+    "device": ("auto", "cuda", "mps", "cpu"), "precision": ("auto", "bf16", "fp16", "fp32"),
+}  # fmt: skip
+MAY_BE_0 = (
+    "bias", "dropout", "seq_len", "warmup_steps", "min_lr_ratio", "weight_decay", "grad_clip",
+    "seed", "max_new_tokens", "temperature",
+)  # fmt: skip
+AT_MOST = dict(
+    block_size=2**20, vocab_size=2**20, n_layer=1024, n_head=1024, n_embd=2**16, dropout=0.999,
+    max_lr=1e3, min_lr_ratio=1, n=1024, temperature=100, top_p=1,
+)  # fmt: skip
+
+
+def require(condition: bool, message: str) -> None:
+    """Errors: ValueError with this message if the condition does not hold."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_values(config: GPTConfig | TrainConfig | SampleConfig) -> None:
+    """Errors: ValueError that names the first value which is not allowed."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if choices := CHOICES.get(f.name):
+            require(value in choices, f"{f.name}={value!r} is not one of {', '.join(choices)}")
+        elif not isinstance(value, str):
+            low = 0 if f.name in MAY_BE_0 else 1 if isinstance(f.default, int) else 1e-12
+            high = AT_MOST.get(f.name, 2**40)
+            require(low <= value <= high, f"{f.name}={value!r} is not from {low} to {high}")
+    if isinstance(config, GPTConfig):
+        C, nh = config.n_embd, config.n_head
+        require(C % nh == 0, f"n_embd={C} is not a multiple of n_head={nh}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. The default is the reproduction of GPT-2 124M on FineWeb-Edu."""
+
+    # The comment above a field is also the help of its flag.
+
+    # The folder of the token shards. fineweb.py makes it.
+    data_dir: str = "edu_fineweb10B"
+    # The folder for the files of the run. By default it is log/PRESET, or log/PRESET-2 and so on.
+    log_dir: str = ""
+    # The weights to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder in Hugging Face's
+    # format, the folder of a run, or a checkpoint. By default they are random.
+    init: str = ""
+    # The optimizer. adamw changes all weights. With muon, Muon changes the matrices of the blocks,
+    # and AdamW the rest.
+    optimizer: str = "adamw"
+    # The tokens of a step, over all workers and micro-steps.
+    total_batch_size: int = 2**19
+    # The most sequences that a worker processes at once. Halve it if memory runs out. The tokens of
+    # a step stay the same.
+    micro_batch_size: int = 64
+    # The tokens of a sequence. With 0 there are as many as block_size allows.
+    seq_len: int = 0
+    # The steps of the run. The 19073 steps of the preset gpt2 read 10 billion tokens.
+    max_steps: int = 10**10 // 2**19
+    # The steps in which the learning rate rises. The 715 of gpt2 read 375M tokens, as in GPT-3.
+    warmup_steps: int = 715
+    # The highest learning rate.
+    max_lr: float = 6e-4
+    # The last learning rate, as a share of the highest.
+    min_lr_ratio: float = 0.1
+    # Each step makes a matrix smaller by this share, times the learning rate.
+    weight_decay: float = 0.1
+    # The largest norm of the gradient. A larger one is scaled down to it. 0 sets no limit.
+    grad_clip: float = 1.0
+    # The steps from one evaluation to the next.
+    eval_every: int = 250
+    # The tokens of the validation split that an evaluation reads, at most.
+    val_tokens: int = 20 * 2**19
+    # The text that the samples of an evaluation continue.
+    sample_prompt: str = "Hello, I'm a language model,"
+    # Whether evaluations include HellaSwag, in which a model chooses the right one of four endings.
+    hellaswag: str = "on"
+    # The steps from one checkpoint to the next.
+    checkpoint_every: int = 500
+    # The seed of the first weights, the data order, dropout and samples.
+    seed: int = 1337
+    # The device to compute on. With auto it is cuda if there is one, else mps, else cpu.
+    device: str = "auto"
+    # The format of numbers in matrix products. With auto it is the fastest that the device has.
+    precision: str = "auto"
+    # Whether torch.compile is used. With auto it is used on cuda.
+    compile: str = "auto"
+
+    __post_init__ = check_values
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What --generate writes."""
+
+    # The number of samples.
+    n: int = 1
+    # The most tokens that are added to the prompt.
+    max_new_tokens: int = 200
+    # The logits are divided by it. 1 draws tokens as often as the model believes. Less prefers
+    # likely tokens, and 0 always takes the likeliest.
+    temperature: float = 1.0
+    # Only this many of the likeliest tokens may be drawn.
+    top_k: int = 50
+    # Only the likeliest tokens may be drawn that together have this probability.
+    top_p: float = 1.0
+
+    __post_init__ = check_values
+
+
+# In training, wte has 50304 rows instead of 50257: see `padded`. The learning rates of the larger
+# models are GPT-3's, table 2.1.
+PRESETS = {
+    "quick": (
+        GPTConfig(block_size=128, vocab_size=4096, n_layer=3, n_head=2, n_embd=128),
+        TrainConfig(
+            data_dir="data/stdlib", optimizer="muon", total_batch_size=4096, micro_batch_size=32,
+            max_steps=1000, warmup_steps=20, max_lr=1.5e-2, min_lr_ratio=0.0, val_tokens=2**20,
+            sample_prompt="def ", hellaswag="off", checkpoint_every=250,
+        ),
+    ),
+    "gpt2": (GPTConfig(1024, 50304, 12, 12, 768), TrainConfig()),
+    "gpt2-medium": (
+        GPTConfig(1024, 50304, 24, 16, 1024), TrainConfig(max_lr=3e-4, micro_batch_size=32)
+    ),
+    "gpt2-large": (
+        GPTConfig(1024, 50304, 36, 20, 1280), TrainConfig(max_lr=2.5e-4, micro_batch_size=16)
+    ),
+    "gpt2-xl": (
+        GPTConfig(1024, 50304, 48, 25, 1600), TrainConfig(max_lr=2e-4, micro_batch_size=8)
+    ),
+}  # fmt: skip
+
+# ------------------------------------------------------------------------- Shards and tokenizer
+
+
+def find_shards(data_dir: str | Path, split: str) -> list[Path]:
+    """The shards of a split: the .npy files whose names contain _SPLIT_ or begin with SPLIT_.
+
+    Errors: ValueError if there are none, or if fineweb.py has not finished the folder.
+    """
+    folder = Path(data_dir)
+    require(folder.is_dir(), f"{folder}: no such folder (python fineweb.py --help makes one)")
+    finished = (folder / "meta.json").exists() or not (folder / "progress.json").exists()
+    require(finished, f"{folder} is unfinished: repeat the fineweb.py command that began it")
+    paths = [p for p in sorted(folder.glob("*.npy")) if re.match(rf"(.*_)?{split}_", p.name)]
+    require(len(paths) > 0, f"{folder} has no shards for {split} (*_{split}_*.npy)")
+    return paths
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """A shard's ids, uint16, mapped into memory: only what is used is read from the disk.
+
+    Errors: ValueError if the file is no shard, or is damaged.
+    """
+    try:
+        ids = np.load(path, mmap_mode="r")
+        is_row = ids.dtype == np.uint16 and ids.ndim == 1
+        require(is_row, f"it has {ids.dtype} of shape {ids.shape}, not a row of uint16")
+        require(path.stat().st_size == ids.offset + ids.nbytes, "it is longer than it says")
+        return ids
+    except Exception as e:  # numpy fails in a dozen ways
+        raise ValueError(f"{path} is no shard, or damaged ({e}): make it again") from e
 
 
 @functools.lru_cache(maxsize=8)
 def permutation(n: int, *key: int) -> np.ndarray:
+    """The numbers 0 … n-1 in an order that follows from the key."""
     return np.random.default_rng(key).permutation(n)
 
 
-class DataLoaderLite:
-    """Micro-batches of windows of tokens; which ones is a function of the micro-batch's number.
+def load_tokenizer(folder: str | Path) -> Encoding:
+    """The tokenizer in a folder, or GPT-2's if there is none. Errors: ValueError, OSError."""
+    try:
+        import fineweb
+    except ModuleNotFoundError:
+        its_own = Path(folder, "vocab.bpe").exists()
+        require(not its_own, f"{folder} has its own tokenizer: reading it takes fineweb.py")
+        return tiktoken.get_encoding("gpt2")
+    return fineweb.load_tokenizer(folder)
 
-    A shard of n tokens holds (n-1)//T windows of T inputs, each with its T targets one further on.
-    Windows cross the borders of documents, and attention with them: accepted, as the <|endoftext|>
-    between them says what happened. An epoch of the training split visits every window once, the
-    shards shuffled and the windows shuffled in each; validation comes in order.
 
-    Micro-batch i takes the next world_size · B windows, rank 0 the first B, rank 1 the next B, …:
-    no two workers read the same, and none has to ask. A step's tokens depend neither on B nor on
-    the number of workers, and a run goes on from its step number alone. Errors: ValueError.
+def token_bytes(tokenizer: Encoding) -> list[bytes]:
+    """The text that each token stands for, in bytes. <|endoftext|> stands for none."""
+    tokens = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
+    tokens[tokenizer.eot_token] = b""
+    return tokens
+
+
+def padded(n_vocab: int) -> int:
+    """Rows of wte for n_vocab tokens: the next multiple of 128, such as 50304 for 50257.
+
+    GPUs multiply matrices in tiles, and an odd size leaves some tiles half empty. The rows that are
+    added belong to no token.
     """
-
-    def __init__(
-        self, data_dir: str | Path, split: str, B: int, T: int, rank: int = 0, world_size: int = 1,
-        seed: int = 1337, n_vocab: int = 2**16,
-    ) -> None:  # fmt: skip
-        self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
-        self.seed, self.n_vocab, self.shuffled = seed, n_vocab, split == "train"
-        self.files, self.shards = zip(*fineweb.open_shards(data_dir, split), strict=True)  # mmap
-        self.counts = np.array([(len(shard) - 1) // T for shard in self.shards]).clip(0)
-        self.n_windows = int(self.counts.sum())
-        if self.n_windows == 0:
-            raise ValueError(f"{data_dir}: no {split} shard has the {T + 1} tokens of one window")
-
-    def window(self, i: int) -> np.ndarray:
-        """The T + 1 tokens of window i of the endless order, uint16."""
-        epoch, i = divmod(i, self.n_windows)
-        n, key = len(self.shards), (self.seed, epoch)
-        order = permutation(n, *key) if self.shuffled else np.arange(n)
-        ends = self.counts[order].cumsum()
-        place = int(ends.searchsorted(i, side="right"))  # the shard's, in this epoch's order
-        shard = int(order[place])
-        i -= int(ends[place] - self.counts[shard])
-        i = permutation(int(self.counts[shard]), *key, shard + 1)[i] if self.shuffled else i
-        tokens = self.shards[shard][i * self.T : (i + 1) * self.T + 1]
-        if (largest := tokens.max()) >= self.n_vocab:
-            raise ValueError(f"{self.files[shard]}: id {largest} in a vocabulary of {self.n_vocab}")
-        return tokens
-
-    def windows(self, numbers: Iterable[int]) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of these windows, int64 (B, T) each."""
-        tokens = torch.from_numpy(np.stack([self.window(i) for i in numbers]).astype(np.int64))
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-    def batch(self, i: int) -> tuple[Tensor, Tensor]:
-        """This rank's micro-batch i since the start of the run: x and y, int64 (B, T) each."""
-        first = (i * self.world_size + self.rank) * self.B
-        return self.windows(range(first, first + self.B))
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return map(self.batch, itertools.count())
+    return math.ceil(n_vocab / 128) * 128
 
 
-# -------------------------------------------------------------------------- Workers and devices
+def check_vocabulary(model: GPT, tokenizer: Encoding) -> None:
+    """Errors: ValueError if the model was made for another number of tokens."""
+    rows, n_vocab = model.config.vocab_size, tokenizer.n_vocab
+    fits = n_vocab <= rows <= padded(n_vocab)
+    require(fits, f"vocab_size={rows} does not fit the tokenizer's {n_vocab} tokens")
+
+
+# ------------------------------------------------------------------------- Workers and devices
 
 
 @dataclass(frozen=True)
 class Worker:
-    """This process: its place among those that train together, and what it computes with.
+    """This process, which may be one of several that train together (data parallelism).
 
-    torchrun starts many, plain python one. All hold the same weights, each reads other data; their
-    gradients are averaged, so that all take the same step (data parallelism).
+    torchrun starts several, plain python starts one. All have the same weights, and each reads
+    other windows. Their gradients are averaged, so all take the same step.
     """
 
     rank: int = 0
@@ -675,13 +863,14 @@ class Worker:
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32  # of matrix products
 
-    def print(self, *text: str) -> None:
+    def print(self, *lines: str) -> None:
+        """Print, if this is the first worker. A full disk behind stdout does not end the run."""
         if self.rank == 0:
-            with contextlib.suppress(OSError):  # a full disk must not end a run
-                print(*text, sep="\n", flush=True)
+            with suppress(OSError):
+                print(*lines, sep="\n", flush=True)
 
     def gather(self, *values: float) -> Tensor:
-        """Every worker's values, float64 (world_size, n). Returns once all have called it."""
+        """The values of every worker, float64 (world_size, n), once all of them have called it."""
         mine = torch.tensor(values, dtype=torch.float64)
         if self.world_size == 1:
             return mine[None]
@@ -695,123 +884,160 @@ class Worker:
         adds to a weight, or a block to the stream, would often be lost in bf16's 8 bits."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def matmul_rate(self) -> float:
-        """FLOP/s of a bare matrix product, the limit that utilisation is measured by."""
+    @contextmanager
+    def inference(self, model: GPT, rows: int) -> Iterator[None]:
+        """Mixed precision, no dropout, no gradients. rows: see the function `inference`."""
+        with torch.no_grad(), self.autocast(), inference(model, rows):
+            yield
+
+    def matmul_flops(self) -> float:
+        """FLOP/s of a product of two large matrices, the limit to which a run is compared."""
         n, seconds = 8192 if self.device.type == "cuda" else 2048, []
         a = torch.randn(n, n, device=self.device, dtype=self.dtype)
         for _ in range(5):
             began = time.perf_counter()
-            (a @ a)[0, 0].item()  # which waits for the result
+            (a @ a)[0, 0].item()  # .item() waits for the result
             seconds.append(time.perf_counter() - began)
         return 2 * n**3 / min(seconds)
 
 
-def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
-    """Join the workers that torchrun started; choose device and precision. Errors: ValueError.
+def fast_precision(device: str) -> str:
+    """The fastest format of numbers that a device computes with, and does not only emulate.
 
-    bf16 where the hardware has it: fp32's range, 8 significant bits. fp16 on older CUDA cards: 11,
-    but nothing below 6e-8. (A device that emulates bf16 is slow, and may say it supports it.)
+    bf16 has the range of fp32 and 8 significant bits. Older CUDA cards have only fp16: 11
+    significant bits, but values below 6e-8 become 0, hence the gradient scaler. Some cards report
+    bf16 although they only emulate it, slowly, so we ask for native support.
     """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if device == "auto":
-        device = "cuda" if cuda else "mps" if mps else "cpu"
-    if not dict(cuda=cuda, mps=mps, cpu=True)[device]:
-        raise ValueError(f"device={device}: PyTorch finds none on this machine")
-    if device == "cpu" and precision == "fp16":
-        raise ValueError("precision=fp16: a CPU emulates it, very slowly; take bf16 or fp32")
-    alone = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)  # without torchrun
-    rank, world_size, local_rank = (int(os.environ.get(k, v)) for k, v in alone.items())
-    if world_size > 1 and device == "mps":
-        raise ValueError(f"{world_size} workers cannot train together on mps: take --device cpu")
     if device == "cuda":
-        if local_rank >= (gpus := torch.cuda.device_count()):
-            raise ValueError(f"worker {local_rank} has no GPU, of {gpus}: lower --nproc_per_node")
-        torch.cuda.set_device(local_rank)
-    if precision == "auto" and device == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if native else "fp16"
-    elif precision == "auto":
-        has = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch cannot tell: fp32
-        wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-        native = wide and (has.get("avx512_bf16") or has.get("amx_bf16"))
-        precision = "bf16" if device == "cpu" and native else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        # PyTorch 2.9 cannot tell what a CPU has.
+        features = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
+    return "fp32"
+
+
+def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
+    """Choose device and precision, and join the workers that torchrun started, if it did.
+
+    Errors: ValueError if the device is missing or cannot do what is asked.
+    """
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    device = next(name for name in there if there[name]) if device == "auto" else device
+    alone = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
+    rank, world_size, local_rank = (int(os.environ.get(name, alone[name])) for name in alone)
+    require(there[device], f"device={device}: PyTorch finds none on this machine")
+    slow = device == "cpu" and precision == "fp16"
+    require(not slow, "precision=fp16: a CPU emulates it, very slowly; take bf16 or fp32")
+    together = f"{world_size} workers cannot train together on mps: take --device cpu"
+    require(world_size == 1 or device != "mps", together)
+    gpus = torch.cuda.device_count() if device == "cuda" else local_rank + 1
+    require(local_rank < gpus, f"worker {local_rank} has no GPU, of {gpus}: lower --nproc_per_node")
+    here = torch.device(device, local_rank if device == "cuda" else None)
     if world_size > 1:
-        # torchrun keeps one store over restarts; a restarted worker must not find in it the address
-        # that a peer had before it died: each start gets its own part of the store. Restarts are
-        # counted by each machine, so this is for one machine (for several see the README).
+        # Workers find each other through a store, which outlives them. A worker that torchrun has
+        # started again must not read there the address of one that died. So each start uses its own
+        # part of the store. Each machine counts its own starts, so this works on one machine only.
         store, _, _ = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
-        backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    if platform.libc_ver()[0] == "glibc":
-        # glibc returns large freed buffers to the kernel, and each step faults their pages in
-        # again: without this a 124M step on two cores takes 1.5 times as long.
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
-    torch.set_float32_matmul_precision("high")  # TF32: fp32's range, fp16's 11 bits
+        backend, device_id = ("nccl", here) if device == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, None, None, world_size, rank, store, device_id=device_id)
+    if device == "cpu":
+        keep_freed_memory()
+    torch.set_float32_matmul_precision("high")  # TF32: the range of fp32, 11 significant bits
+    name = fast_precision(device) if precision == "auto" else precision
     dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
-    name = f"cuda:{local_rank}" if device == "cuda" else device
-    return Worker(rank, world_size, torch.device(name), dtypes[precision])
+    return Worker(rank, world_size, here, dtypes[name])
 
 
 # --------------------------------------------------------------------------------- Evaluation
 
 
-@torch.no_grad()
-def evaluate(
-    model: GPT, loader: DataLoaderLite, val_tokens: int, tokenizer: Encoding,
-    worker: Worker = Worker(),
-) -> tuple[float, float]:  # fmt: skip
-    """Loss in nats a token and in bits a byte, over the loader's first val_tokens tokens, at most.
+def evaluate(model: GPT, loader: DataLoaderLite, val_tokens: int, tokenizer: Encoding,
+             worker: Worker = Worker()) -> tuple[float, float]:  # fmt: skip
+    """The loss over the first val_tokens tokens of a loader, in nats per token and bits per byte.
 
-    The same tokens for any B and number of workers. Bits a byte compare models across tokenizers: a
-    larger vocabulary makes fewer and harder predictions of the same text.
+    The tokens are the same for any batch size and number of workers. Bits per byte compare models
+    with different tokenizers. A larger vocabulary needs fewer tokens for the same text, and each of
+    them is harder to predict, so losses per token do not compare.
     """
-    token_bytes = fineweb.token_lengths(tokenizer)  # 0 for <|endoftext|>
+    lengths = torch.tensor([len(token) for token in token_bytes(tokenizer)])
     n = min(max(1, val_tokens // loader.T), loader.n_windows)
     first, end = (n * (worker.rank + i) // worker.world_size for i in (0, 1))
     nats = n_bytes = 0.0
-    with worker.autocast(), model.inference(worker.dtype, loader.B * loader.T):
+    with worker.inference(model, loader.B * loader.T):
         for i in range(first, end, loader.B):
-            x, y = loader.windows(range(i, min(i + loader.B, end)))
-            n_bytes += float(token_bytes[y].sum())
+            x, y = loader.windows(range(i, min(i + loader.B, end)))  # (B, T) each
+            n_bytes += float(lengths[y].sum())
             nats += model(x.to(worker.device), y.to(worker.device)).item() * y.numel()
     nats, n_bytes = worker.gather(nats, n_bytes).sum(dim=0).tolist()
     return nats / (n * loader.T), nats / math.log(2) / max(1, n_bytes)
 
 
-def sample_texts(
-    model: GPT, tokenizer: Encoding, worker: Worker, prompt: str, n: int, seed: int = 1337,
-    **settings: Any,
-) -> list[str]:  # fmt: skip
-    """n continuations of the prompt, which they include. settings: see GPT.generate."""
+def sample_texts(model: GPT, tokenizer: Encoding, worker: Worker, prompt: str, n: int,
+                 seed: int = 1337, **settings: Any) -> list[str]:  # fmt: skip
+    """n texts that begin with the prompt. settings: see GPT.generate.
+
+    Errors: ValueError if the prompt is empty, or longer than the model can read.
+    """
     ids, eot = tokenizer.encode(prompt, disallowed_special=()), tokenizer.eot_token
-    limit = model.config.block_size
-    if not 1 <= len(ids) <= limit:
-        raise ValueError(f"the prompt has {len(ids)} tokens; this model takes 1 to {limit}")
+    T, limit = len(ids), model.config.block_size
+    require(1 <= T <= limit, f"the prompt has {T} tokens; this model takes 1 to {limit}")
     settings |= dict(stop=eot, n_vocab=tokenizer.n_vocab)
     settings["generator"] = torch.Generator(worker.device).manual_seed(seed)
     with worker.autocast():
         rows = model.generate(torch.tensor([ids] * n, device=worker.device), **settings)
-    new = rows[:, len(ids) :].tolist()
-    return [prompt + tokenizer.decode(list(itertools.takewhile(eot.__ne__, row))) for row in new]
+    new = [row + [eot] for row in rows[:, T:].tolist()]
+    return [prompt + tokenizer.decode(row[: row.index(eot)]) for row in new]
 
 
-# --------------------------------------------------------------------- Checkpoints and the log
+# ---------------------------------------------------------------------------- Files of a run
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, which gets its name only when it is complete and on the disk.
+
+    Errors: OSError if it cannot be written; then nothing of it is left.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save makes a RuntimeError of a full disk
+        cause = e if isinstance(e, OSError) else e.__context__
+        raise OSError(f"cannot write {path} ({getattr(cause, 'strerror', None) or e})") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_warn() -> Iterator[None]:
+    """Say so and go on, if a file cannot be written (the disk is full, for instance), or if one of
+    the other programs, or a library that is not essential, is missing."""
+    try:
+        yield
+    except (OSError, ModuleNotFoundError) as e:
+        with suppress(OSError):
+            print(f"WARNING: {e}", file=sys.stderr, flush=True)
 
 
 def list_checkpoints(log_dir: str | Path) -> list[Path]:
-    """A run's checkpoints, oldest first."""
+    """The checkpoints of a run, oldest first."""
     paths = [p for p in Path(log_dir).glob("checkpoint_*.pt") if p.stem[11:].isdecimal()]
     return sorted(paths, key=lambda path: int(path.stem[11:]))
 
 
 def save_checkpoint(log_dir: Path, keep_every: int, step: int, **state: Any) -> None:
-    """Save what a run needs to go on after `step` steps. The rest (data order, learning rate,
-    dropout, samples) are functions of the step. Of the checkpoints the newest two stay, and each
-    whose step is a multiple of keep_every. Errors: OSError."""
-    with fineweb.whole_file(log_dir / f"checkpoint_{step:06d}.pt") as file:
+    """Write a checkpoint. Of the older ones, the newest remains, and every keep_every-th step's.
+
+    Errors: OSError.
+    """
+    with whole_file(log_dir / f"checkpoint_{step:06d}.pt") as file:
         torch.save(state | {"step": step}, file)
     for old in list_checkpoints(log_dir)[:-2]:
         if int(old.stem[11:]) % keep_every:
@@ -819,68 +1045,37 @@ def save_checkpoint(log_dir: Path, keep_every: int, step: int, **state: Any) -> 
 
 
 def load_checkpoint(path: str | Path) -> tuple[GPT, dict[str, Any]]:
-    """A checkpoint's model, on the CPU, and what else is in it. Runs no code. Errors: ValueError.
+    """The model of a checkpoint, on the CPU, and all that the file holds. Errors: ValueError.
 
-    The file is a zip archive with a CRC-32 for each tensor, which torch does not look at.
+    The file is a zip archive of tensors and plain values. Loading it runs no code. torch does not
+    look at the archive's checksums, so this does. What they do not cover is whether a record is
+    marked as compressed, or as a folder, which torch would read as nothing.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"the checksum of {damaged} is wrong")
-            if any(record.external_attr or record.compress_type for record in archive.infolist()):
-                raise ValueError("its directory is damaged")  # torch writes 0 for both
+            marked = any(r.external_attr or r.compress_type for r in archive.infolist())
+            require(not marked, "its directory is damaged")
+            require(archive.testzip() is None, "a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        with torch.device("meta"):  # shapes without numbers: no memory is taken but the file's
+        with torch.device("meta"):  # shapes without numbers, so that no memory is taken yet
             model = GPT(GPTConfig(**state["config"]))
         model.load_state_dict(state["model"], assign=True)
         model.lm_head.weight = model.transformer.wte.weight
-        if 4 * model.num_params() > os.path.getsize(path):
-            raise ValueError("it claims to hold more than it does")
+        holds_all = 4 * model.num_params() <= os.path.getsize(path)
+        require(holds_all, "it claims to hold more than it does")
         return model.float(), state
-    except Exception as e:  # zip, pickle and torch each fail in ways of their own
+    except Exception as e:  # zip, pickle and torch each fail in their own ways
         reason = (str(e) or repr(e)).splitlines()[0]
         raise ValueError(f"{path} is no whole checkpoint of this version: {reason}") from e
 
 
-def load_model(name: str | Path) -> tuple[GPT, Encoding]:
-    """A model in evaluation mode, on the CPU, and its tokenizer. name: a checkpoint, a run's folder
-    (its newest checkpoint), or what GPT.from_pretrained takes. Errors: ValueError, OSError."""
-    path = (list_checkpoints(name) or [Path(name)])[-1]
-    is_checkpoint = path.suffix == ".pt"
-    model = load_checkpoint(path)[0] if is_checkpoint else GPT.from_pretrained(str(name))
-    tokenizer = fineweb.load_tokenizer(path.parent if is_checkpoint else path)
-    check_vocabulary(model, tokenizer)
-    return model.eval(), tokenizer
-
-
-def check_vocabulary(model: GPT, tokenizer: Encoding) -> None:
-    rows, n_vocab = model.config.vocab_size, tokenizer.n_vocab
-    if not n_vocab <= rows <= padded(n_vocab):
-        raise ValueError(f"vocab_size={rows} does not fit the tokenizer's {n_vocab} tokens")
-
-
-def padded(n_vocab: int) -> int:
-    """Rows of wte for n_vocab tokens: the next multiple of 128, 50,257 → 50,304. GPUs multiply
-    matrices in tiles; odd sizes leave some of them half empty. No token has the added rows."""
-    return math.ceil(n_vocab / 128) * 128
-
-
 def read_log(log_dir: str | Path) -> list[dict[str, Any]]:
-    """The records of a run's log.jsonl, but for a last line that a kill cut short."""
+    """The records of a run's log.jsonl. Lines that a kill or a full disk cut short are left out."""
     path, records = Path(log_dir) / "log.jsonl", []
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict)]
-
-
-def start_log(log_dir: Path, start: int, facts: dict[str, Any]) -> None:
-    """log.jsonl as it stood before step `start`, and the facts. Removes what kills left behind."""
-    for rest in log_dir.glob("*.tmp"):
-        rest.unlink()
-    kept = [r for r in read_log(log_dir) if type(i := r.get("step", -1)) is int and i < start]
-    lines = (json.dumps(r).encode() + b"\n" for r in [*kept, facts | dict(start_step=start)])
-    fineweb.write_file(log_dir / "log.jsonl", *lines)
 
 
 def plot_log(log_dir: Path) -> None:
@@ -888,344 +1083,634 @@ def plot_log(log_dir: Path) -> None:
     from matplotlib.figure import Figure
 
     records = read_log(log_dir)
-    panels = {"training and validation loss, nats a token": ("loss", "val_loss")}
+    panels = {"training and validation loss, nats per token": ("loss", "val_loss")}
     if any("hellaswag_acc" in record for record in records):
         panels["HellaSwag, share of right answers"] = ("hellaswag_acc", "hellaswag_acc_norm")
     figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
-    for ax, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for i, title in enumerate(panels, 1):
+        ax = figure.add_subplot(1, len(panels), i, title=title, xlabel="step")
         for key in panels[title]:
             points = [(r["step"], r[key]) for r in records if {"step", key} <= r.keys()]
-            style = "-" if key == "loss" else "o-"
-            ax.plot(*np.reshape(points, (-1, 2)).T, style, label=key, ms=4, lw=1)
-        ax.set(title=title, xlabel="step")
+            ax.plot(*np.reshape(points, (-1, 2)).T, "-" if key == "loss" else "o-", label=key)
         ax.legend()
-    with fineweb.whole_file(log_dir / "loss.png") as file:
+    with whole_file(log_dir / "loss.png") as file:
         figure.savefig(file, format="png", dpi=120)
 
 
-@contextlib.contextmanager
-def only_warn() -> Iterator[None]:
-    """An error in here, a full disk say, is printed as a warning, and training goes on."""
-    try:
-        yield
-    except Exception as e:
-        with contextlib.suppress(OSError):
-            print(f"WARNING: {e}", file=sys.stderr, flush=True)
+def divide_step(cfg: TrainConfig, T: int, worker: Worker) -> tuple[Fraction, int]:
+    """Sequences per micro-step (B), and micro-steps per step, for each worker. Errors: ValueError.
 
-
-# ----------------------------------------------------------------------------------- Training
-
-
-def describe(
-    model: GPT, cfg: TrainConfig, worker: Worker, compiled: bool, peak: float, epochs: float
-) -> dict[str, Any]:
-    """What a run prints and logs before its first step: what it does, where, and how."""
-    device, source = worker.device, Path(__file__).read_bytes()
-    c, kernel = model.config, "PyTorch's choice"  # mps does not say which
-    if attends_by_hand(device, worker.dtype, cfg.seq_len):
-        kernel = "BY_HAND"
-    elif device.type != "mps":
-        shape = (1, c.n_head, cfg.seq_len, c.n_embd // c.n_head)
-        q = torch.empty(shape, device=device, dtype=worker.dtype)
-        choice = torch._fused_sdp_choice(q, q, q, dropout_p=c.dropout, is_causal=True)
-        kernel = nn.attention.SDPBackend(choice).name
-    return dict(
-        device=f"{device}, {torch.get_num_threads()} threads, {worker.world_size} workers",
-        precision=f"{worker.dtype}, a bare matmul does {peak / 1e12:.3g} TFLOP/s",
-        chosen=f"compile {compiled}, attention {kernel}, {cfg.optimizer}, AdamW fused",
-        config=asdict(c), train_config=asdict(cfg), parameters=model.num_params(),
-        tokens=cfg.total_batch_size * cfg.max_steps, epochs=round(epochs, 2),
-        versions=f"python {platform.python_version()}, torch {torch.__version__}",
-        source=f"sha256 of train_gpt2.py {hashlib.sha256(source).hexdigest()[:12]}",
-    )  # fmt: skip
-
-
-def restore(
-    log_dir: Path, model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler
-) -> int:
-    """Put the newest whole checkpoint into all of these → its step; 0 where there is none yet."""
-    if not (paths := list_checkpoints(log_dir)):
-        return 0
-    for path in reversed(paths):
-        with only_warn():  # and try the one before it
-            saved, state = load_checkpoint(path)
-            break
-    else:
-        raise ValueError(f"{log_dir}: none of its checkpoints is whole; name another log_dir")
-    if saved.config != model.config:
-        raise ValueError(f"{path} has another shape: {saved.config}, not {model.config}")
-    try:
-        for optimizer, its_state in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(its_state)
-        if state["scaler"]:  # the run so far was in fp16
-            scaler.load_state_dict(state["scaler"])
-    except (ValueError, LookupError) as e:
-        raise ValueError(f"{path} is of a run with other optimizers: {e}") from None
-    model.load_state_dict(saved.state_dict())
-    return state["step"]
-
-
-def train(
-    model: GPT, cfg: TrainConfig, worker: Worker = Worker(), resume: bool = False,
-    signals: Sequence[int] = (),
-) -> int:  # fmt: skip
-    """Train model, which is on worker.device, as cfg says; the run's files go to cfg.log_dir.
-
-    resume: go on from the newest checkpoint there, if there is one. signals: once a signal's
-    number is in it, a checkpoint is saved after the step in progress and the number returned; at
-    the end 0 is. Errors: ValueError, OSError; FloatingPointError where the loss or the gradient is
-    not finite, before any weight is touched.
+    B is at most micro_batch_size, and on a CPU at most 8,192 tokens, because more are no faster
+    there. It need not be whole. If three workers share 32 sequences, B is 10 2/3.
     """
-    import hellaswag
+    sequences, rest = divmod(cfg.total_batch_size, T)
+    nearest = max(1, round(cfg.total_batch_size / T)) * T
+    wrong = f"total_batch_size={cfg.total_batch_size} is no multiple of seq_len={T}"
+    require(rest == 0, f"{wrong}; the nearest is {nearest}")
+    workers, B = worker.world_size, cfg.micro_batch_size
+    require(workers <= sequences, f"{workers} workers cannot share {sequences} sequences per step")
+    if worker.device.type == "cpu":
+        B = min(B, max(1, 8192 // T))
+    micro_steps = math.ceil(sequences / (workers * B))
+    return Fraction(sequences, workers * micro_steps), micro_steps
 
-    T, device, log_dir, master = cfg.seq_len, worker.device, Path(cfg.log_dir), worker.rank == 0
-    if T > model.config.block_size:
-        raise ValueError(f"seq_len={T} is more than block_size={model.config.block_size}")
-    accumulation = cfg.micro_steps(worker.world_size)
-    tokenizer = fineweb.load_tokenizer(cfg.data_dir)
-    check_vocabulary(model.train(), tokenizer)
-    sample_texts(model, tokenizer, worker, cfg.sample_prompt, 1, max_new_tokens=0)  # does it fit?
-    how = (cfg.micro_batch_size, T, worker.rank, worker.world_size, cfg.seed, tokenizer.n_vocab)
-    train_loader = DataLoaderLite(cfg.data_dir, "train", *how)
-    val_loader = DataLoaderLite(cfg.data_dir, "val", *how)
-    examples = hellaswag.load_examples(worker) if cfg.hellaswag == "on" else []
-    optimizers = configure_optimizers(model, cfg, worker.dtype)
-    # A gradient below 6e-8 would be 0 in fp16. The scaler multiplies the loss and divides the
-    # gradients; when they overflow it halves its factor. For other dtypes it does nothing.
-    scaler = torch.amp.GradScaler(device.type, enabled=worker.dtype == torch.float16)
-    start = restore(log_dir, model, optimizers, scaler) if resume else 0
-    if start > cfg.max_steps or len(worker.gather(start).unique()) > 1:
-        raise ValueError(f"{log_dir}: resumed at {start}, beyond max_steps or where others did not")
-    if resume:
-        worker.print(f"resumed at step {start}" if start else "no checkpoint yet: starts at step 0")
-    compiled = cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
-    net = torch.compile(model) if compiled else model  # the same weights; evaluation uses model
-    if worker.world_size > 1:
-        net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
 
-    def micro_step(i: int) -> Tensor:
-        """Add micro-batch i to the gradients → its part of the step's loss."""
-        x, y = train_loader.batch(i)
-        if device.type == "cuda":  # from pinned memory the CPU need not wait for the copy
-            x, y = x.pin_memory(), y.pin_memory()
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        with worker.autocast():
-            # backward() adds to the gradients, and each loss is a mean over B·T tokens. Divided,
-            # they add up to the mean over all of the step's tokens, as one large batch has it.
-            loss = net(x, y) / accumulation
-        scaler.scale(loss).backward()
-        return loss.detach()
+class Run:
+    """What surrounds the training loop. Errors: ValueError if model, data and cfg do not fit."""
 
-    if compiled:  # now, so that no step's time includes it
-        micro_step(0)
-        model.zero_grad()
-    peak = worker.matmul_rate()  # FLOP/s
-    flops = model.flops_per_token(T) * cfg.total_batch_size / worker.world_size  # a worker's step
-    if master:
-        if tokenizer.name != "gpt2":
-            fineweb.save_tokenizer(tokenizer, log_dir)
-        epochs = cfg.total_batch_size * cfg.max_steps / T / train_loader.n_windows
-        facts = describe(model, cfg, worker, compiled, peak, epochs)
-        worker.print(*(f"{key}: {value}" for key, value in facts.items()))
-        start_log(log_dir, start, facts)
+    def __init__(self, model: GPT, cfg: TrainConfig, worker: Worker) -> None:
+        self.model, self.cfg, self.worker = model, cfg, worker
+        self.log_dir = Path(cfg.log_dir)
+        self.start = 0  # the first step
+        self.skipped = 0  # steps in a row
+        self.seconds = 0.0  # of all steps so far
+        self.best_loss, self.best_step = math.inf, 0  # of all evaluations so far
+        self.best_saved = True
+        limit = model.config.block_size
+        T = cfg.seq_len or limit
+        require(T <= limit, f"seq_len={T} is more than block_size={limit}")
+        B, self.micro_steps = divide_step(cfg, T, worker)
+        self.sequences = float(B * self.micro_steps)  # of a step, for each worker
+        self.tokenizer = load_tokenizer(cfg.data_dir)
+        check_vocabulary(model, self.tokenizer)
+        self.samples(n=1, max_new_tokens=0)  # is the prompt too long?
+        place = (worker.rank, worker.world_size, cfg.seed, self.tokenizer.n_vocab)
+        self.loader = DataLoaderLite(cfg.data_dir, "train", B, T, *place)
+        self.val_loader = DataLoaderLite(cfg.data_dir, "val", math.ceil(B), T, *place)
+        self.examples = []
+        if cfg.hellaswag == "on":
+            with only_warn():  # if hellaswag.py is not there
+                import hellaswag
 
-    def log(record: dict[str, Any]) -> None:
-        worker.print(" | ".join(f"{key} {value:.5g}" for key, value in record.items()))
-        if master:
-            with only_warn(), open(log_dir / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                self.examples = hellaswag.load_examples(worker)
+        self.optimizers = configure_optimizers(model, cfg, worker.dtype)
+        # fp16 makes gradients below 6e-8 zero. The scaler multiplies the loss, and so all its
+        # gradients, by a large factor, and unscale_() divides them again. When they overflow, the
+        # step is skipped and the factor halved. For other formats the scaler does nothing.
+        is_fp16 = worker.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(worker.device.type, enabled=is_fp16)
 
-    def assess(step: int) -> None:
-        """Evaluate, draw the log, write samples."""
-        val_loss, bits = evaluate(model, val_loader, cfg.val_tokens, tokenizer, worker)
+    def prepare_net(self) -> nn.Module:
+        """What runs forward and backward: the model, compiled and distributed if it should be."""
+        wish, on_cuda = self.cfg.compile, self.worker.device.type == "cuda"
+        self.compiled = wish == "on" or (wish == "auto" and on_cuda)
+        net: nn.Module = torch.compile(self.model) if self.compiled else self.model
+        if self.worker.world_size > 1:
+            net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+        if self.compiled:  # the first pass compiles: here, so that no step's time includes it
+            accumulate_gradients(net, self, 0)
+            self.model.zero_grad()
+        return net
+
+    def samples(self, **settings: Any) -> list[str]:
+        prompt, seed = self.cfg.sample_prompt, self.cfg.seed
+        return sample_texts(self.model, self.tokenizer, self.worker, prompt, seed=seed, **settings)
+
+    def evaluate(self, step: int) -> None:
+        """Log the validation loss and HellaSwag after `step` steps, draw loss.png, print samples,
+        and write the model into hf/ if it is the best so far. Errors: FloatingPointError."""
+        cfg, worker, model, tokenizer = self.cfg, self.worker, self.model, self.tokenizer
+        val_loss, bits = evaluate(model, self.val_loader, cfg.val_tokens, tokenizer, worker)
         if not math.isfinite(val_loss):
             raise FloatingPointError(f"step {step}: the validation loss is {val_loss}")
-        scores = hellaswag.evaluate(model, tokenizer, examples, worker) if examples else {}
-        log(dict(step=step, val_loss=val_loss, bits_per_byte=bits) | scores)
-        if master:
+        record = dict(step=step, val_loss=val_loss, bits_per_byte=bits)
+        if self.examples:
+            import hellaswag
+
+            record |= hellaswag.evaluate(model, tokenizer, self.examples, worker)
+        if val_loss < self.best_loss:
+            self.best_loss, self.best_step = val_loss, step
+        self.log(record | dict(best_step=self.best_step))
+        if worker.rank == 0:
             with only_warn():
-                plot_log(log_dir)
-            settings = dict(n=4, seed=cfg.seed, max_new_tokens=32, top_k=50)
-            for text in sample_texts(model, tokenizer, worker, cfg.sample_prompt, **settings):
-                worker.print(f"  {text!r}")
+                plot_log(self.log_dir)
+            samples = self.samples(n=4, max_new_tokens=32, top_k=50)
+            worker.print(*(f"  {text!r}" for text in samples))
+            if step == self.best_step:
+                self.best_saved = False
+                with only_warn():
+                    model.save_pretrained(self.log_dir / "hf", tokenizer)
+                    self.best_saved = True
 
-    def save(step: int) -> None:
-        with only_warn():
-            save_checkpoint(
-                log_dir, 10 * cfg.checkpoint_every, step, config=asdict(model.config),
-                train_config=asdict(cfg), model=model.state_dict(), scaler=scaler.state_dict(),
-                optimizers=[optimizer.state_dict() for optimizer in optimizers],
-            )  # fmt: skip
+    def finish(self) -> None:
+        """Say what the run leaves behind. Errors: OSError if the best model could not be saved."""
+        if not self.best_saved:
+            raise OSError(f"{self.log_dir}/hf lacks the best model, as it could not be written")
+        which = f"in hf/ the model of step {self.best_step}, whose validation loss is the lowest"
+        self.worker.print(f"{self.log_dir} has log.jsonl, loss.png, checkpoints, and {which}")
+        if self.best_step < self.cfg.max_steps:
+            self.worker.print("later models are worse: fewer steps or more text would help")
 
-    skipped, seconds, signum = 0, 0.0, 0
-    for step in range(start, cfg.max_steps + 1):
-        last = step == cfg.max_steps
-        if (step % cfg.eval_every == 0 or last) and not signum:
-            assess(step)
-        if master and step > start and (step % cfg.checkpoint_every == 0 or last or signum):
-            save(step)
-        if last or signum:
-            break  # the last turn only evaluates and saves
+    def save(self, step: int) -> None:
+        """Write a checkpoint after `step` steps: all that training changes, and does not follow
+        from the step, as the data order, the learning rate and dropout do."""
+        if self.worker.rank == 0:
+            with only_warn():
+                save_checkpoint(
+                    self.log_dir, 10 * self.cfg.checkpoint_every, step,
+                    config=asdict(self.model.config), train_config=asdict(self.cfg),
+                    model=self.model.state_dict(), scaler=self.scaler.state_dict(),
+                    best_loss=self.best_loss, best_step=self.best_step,
+                    optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+                )  # fmt: skip
 
-        began, lr = time.perf_counter(), get_lr(step, cfg)
-        torch.manual_seed((cfg.seed + step) * worker.world_size + worker.rank)  # of dropout
-        loss = torch.zeros((), device=device)
-        for i in range(accumulation):
-            # DDP averages gradients in the backward pass; once a step is enough.
-            net.require_backward_grad_sync = i == accumulation - 1
-            loss += micro_step(step * accumulation + i)
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        # The norm of all gradients is capped: one odd batch must not throw the weights far.
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
-        told = worker.gather(loss.item(), signals[0] if signals else 0)  # (world_size, 2)
-        losses, signum = told[:, 0], int(told[:, 1].max())
-        # fp16 may overflow: the step is skipped, as the scaler adapts. Ten in a row are a failure.
-        skipped = 0 if math.isfinite(norm) else skipped + 1
-        if not losses.isfinite().all() or skipped == (10 if scaler.is_enabled() else 1):
+    def restore(self) -> None:
+        """Go on from the newest checkpoint that is whole. If there is none yet, start at step 0.
+
+        Errors: ValueError if none is whole, or if they are of another run.
+        """
+        paths = list_checkpoints(self.log_dir)
+        for path in reversed(paths):
+            try:
+                saved, state = load_checkpoint(path)
+                break
+            except ValueError as e:  # try the one before it
+                print(f"WARNING: {e}", file=sys.stderr, flush=True)
+        else:
+            require(not paths, f"{self.log_dir}: none of its checkpoints is whole")
+        if paths:
+            same = saved.config == self.model.config
+            require(same, f"{path} has another shape: {saved.config}, not {self.model.config}")
+            optimizer = state["train_config"]["optimizer"]
+            require(optimizer == self.cfg.optimizer, f"{path} is of a run with {optimizer}")
+            self.model.load_state_dict(saved.state_dict())
+            for mine, saved_state in zip(self.optimizers, state["optimizers"], strict=True):
+                mine.load_state_dict(saved_state)
+            if state["scaler"]:  # it is empty unless the run was in fp16
+                self.scaler.load_state_dict(state["scaler"])
+            self.start = state["step"]
+            self.best_loss, self.best_step = state["best_loss"], state["best_step"]
+        starts, end = self.worker.gather(self.start).unique().tolist(), self.cfg.max_steps
+        differ = f"{self.log_dir}: the workers found checkpoints of different steps: {starts}"
+        require(len(starts) == 1, differ)
+        beyond = f"{self.log_dir} has a checkpoint of step {self.start}, but max_steps is {end}"
+        require(self.start <= end, beyond)
+        resumed = f"resumed at step {self.start}"
+        self.worker.print(resumed if paths else "no checkpoint yet: starts at step 0")
+
+    def must_skip(self, step: int, losses: Tensor, norm: float) -> bool:
+        """Whether a step must not change the weights, because fp16 has overflowed.
+
+        Errors: FloatingPointError if a worker's loss is not finite, or if the gradient is not. In
+        fp16 it may be so in nine steps in a row.
+        """
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if not losses.isfinite().all() or self.skipped == (10 if self.scaler.is_enabled() else 1):
             raise FloatingPointError(
                 f"step {step}: loss {losses.tolist()} (rank by rank), gradient norm {norm},"
-                f" {skipped} steps skipped; no weight was touched. --resume goes on from the newest"
-                " checkpoint: try a lower --max_lr, or another --precision"
+                f" {self.skipped} steps skipped; no weight was touched. --resume goes on from the"
+                " newest checkpoint: try a lower --max_lr, or another --precision"
             )
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            if not skipped:
-                optimizer.step()
-            optimizer.zero_grad()
-        scaler.update()
+        return self.skipped > 0
 
-        took = time.perf_counter() - began
-        seconds += took
-        record = dict(step=step, loss=losses.mean().item(), lr=lr, ms=took * 1e3)
-        record |= {} if skipped else dict(grad_norm=norm)  # JSON has no inf
-        record |= dict(tok_per_s=cfg.total_batch_size / took, utilisation=flops / took / peak)
-        left = seconds / (step - start + 1) * (cfg.max_steps - step - 1)
-        log(record | dict(minutes_left=left / 60))
-    if last and master:
-        model.save_pretrained(log_dir / "hf", tokenizer)
-        worker.print(f"{log_dir} holds log.jsonl, loss.png, checkpoints, and hf/ for transformers")
-    return signum
+    def start_log(self) -> None:
+        """Print and log what this run is. Drop the records of steps that will be computed again,
+        and the files that a kill left half written."""
+        cfg, worker = self.cfg, self.worker
+        self.limit = worker.matmul_flops()
+        tokens, threads = cfg.total_batch_size * cfg.max_steps, torch.get_num_threads()
+        facts = dict(
+            device=f"{worker.device}, {threads} threads, {worker.world_size} workers",
+            precision=f"{worker.dtype}, a bare matmul does {self.limit / 1e12:.3g} TFLOP/s",
+            chosen=f"compile {self.compiled}, {cfg.optimizer}, AdamW fused",
+            config=asdict(self.model.config), train_config=asdict(cfg), tokens=tokens,
+            parameters=self.model.num_params(), start_step=self.start,
+            epochs=round(tokens / self.loader.T / self.loader.n_windows, 2),
+            versions=f"python {platform.python_version()}, torch {torch.__version__}",
+            source="sha256 " + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
+        )  # fmt: skip
+        worker.print(*(f"{key}: {value}" for key, value in facts.items()))
+        if worker.rank == 0:
+            for half_written in self.log_dir.glob("*.tmp"):
+                half_written.unlink()
+            for path in [Path(cfg.data_dir, name) for name in ("encoder.json", "vocab.bpe")]:
+                if path.exists():  # the tokenizer is not GPT-2's
+                    (self.log_dir / path.name).write_bytes(path.read_bytes())
+            records = [r for r in read_log(self.log_dir) if isinstance(r.get("step", -1), int)]
+            records = [r for r in records if r.get("step", -1) < self.start] + [facts]
+            with whole_file(self.log_dir / "log.jsonl") as file:
+                file.writelines(json.dumps(record).encode() + b"\n" for record in records)
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.worker.print(" | ".join(f"{key} {value:.5g}" for key, value in record.items()))
+        if self.worker.rank == 0:
+            with only_warn(), open(self.log_dir / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def log_step(self, step: int, loss: float, lr: float, norm: float, seconds: float) -> None:
+        self.seconds += seconds
+        left = self.seconds / (step - self.start + 1) * (self.cfg.max_steps - step - 1)
+        tok_per_s = self.cfg.total_batch_size / seconds  # of all workers together
+        flops = tok_per_s / self.worker.world_size * self.model.flops_per_token(self.loader.T)
+        record = dict(step=step, loss=loss, lr=lr, ms=seconds * 1e3)
+        record |= dict(grad_norm=norm) if math.isfinite(norm) else {}  # JSON has no infinity
+        record |= dict(tok_per_s=tok_per_s, utilisation=flops / self.limit, minutes_left=left / 60)
+        self.log(record)
 
 
-# ------------------------------------------------------------------------------- Command line
+# --------------------------------------------------------------------- Weights of other programs
+
+
+def transpose_conv1d(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turn the matrices of the blocks from (in, out) to (out, in), or back.
+
+    OpenAI wrote these layers as convolutions of width 1, whose matrices are (in, out), and Hugging
+    Face has kept that. The matrices of nn.Linear are (out, in).
+    """
+    conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return {name: t.T.contiguous() if name.endswith(conv1d) else t for name, t in tensors.items()}
+
+
+def load_hugging_face(name_or_path: str) -> GPT:
+    """See GPT.from_pretrained. Reads safetensors only, which hold numbers and no code."""
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, GPT2Config
+    from transformers.utils import cached_file
+
+    # Each of these changes what the weights compute, and in GPT-2 it has one value only.
+    same = ("model_type", "activation_function", "layer_norm_epsilon", "scale_attn_weights",
+            "scale_attn_by_inverse_layer_idx", "tie_word_embeddings")  # fmt: skip
+    # The head is wte, and OpenAI's causal masks are no weights.
+    left_out = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")
+    try:
+        c, gpt2 = AutoConfig.from_pretrained(name_or_path), GPT2Config()
+        others = [key for key in same if getattr(c, key, None) != getattr(gpt2, key)]
+        require(not others, f"not a GPT-2, it has another {', '.join(others)}")
+        with torch.device("meta"):  # shapes without numbers, so that no memory is taken yet
+            model = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
+        tensors = load_file(cached_file(name_or_path, "model.safetensors"))
+        tensors = {n: t for n, t in tensors.items() if not n.endswith(left_out)}
+        tensors = {n.removeprefix("transformer."): t for n, t in tensors.items()}
+        model.transformer.load_state_dict(transpose_conv1d(tensors), assign=True)
+        model.lm_head.weight = model.transformer.wte.weight
+        return model.float()
+    except Exception as e:  # the hub, safetensors and transformers each fail in their own ways
+        reason = " ".join((str(e) or repr(e)).split())
+        raise ValueError(
+            f"no GPT-2 from {name_or_path!r}: {reason} (what can be: gpt2, gpt2-medium,"
+            " gpt2-large, gpt2-xl, or a folder with config.json and model.safetensors)"
+        ) from e
+
+
+def save_hugging_face(model: GPT, folder: Path, tokenizer: Encoding | None) -> None:
+    """See GPT.save_pretrained. Rows of wte that belong to no token are left out. Where the model
+    has no biases they are written as zeros, because transformers' GPT-2 always has them."""
+    from safetensors.torch import save
+
+    c, tensors = model.config, model.transformer.state_dict(prefix="transformer.")
+    eot = tokenizer.eot_token if tokenizer else None
+    n_vocab = tokenizer.n_vocab if tokenizer else c.vocab_size
+    config = dict(
+        model_type="gpt2", architectures=["GPT2LMHeadModel"], activation_function="gelu_new",
+        n_positions=c.block_size, vocab_size=n_vocab, n_layer=c.n_layer, n_head=c.n_head,
+        n_embd=c.n_embd, embd_pdrop=c.dropout, attn_pdrop=c.dropout, resid_pdrop=c.dropout,
+        layer_norm_epsilon=1e-5, bos_token_id=eot, eos_token_id=eot, dtype="float32",
+    )  # fmt: skip
+    for name in [name for name in tensors if name.endswith("weight") and "wpe" not in name]:
+        tensors.setdefault(name.replace("weight", "bias"), torch.zeros(len(tensors[name])))
+    del tensors["transformer.wte.bias"]
+    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][:n_vocab].contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / "config.json") as file:
+        file.write(json.dumps(config, indent=2).encode())
+    with whole_file(folder / "model.safetensors") as file:
+        file.write(save(transpose_conv1d(tensors), metadata={"format": "pt"}))
+    if tokenizer:
+        with only_warn():  # if fineweb.py is not there
+            import fineweb
+
+            fineweb.save_hf_tokenizer(tokenizer, folder, c.block_size)
+
+
+def load_model(name: str | Path) -> tuple[GPT, Encoding]:
+    """A model in evaluation mode, on the CPU, and its tokenizer. name: the folder of a run (for its
+    best model), a checkpoint, or what GPT.from_pretrained takes. Errors: ValueError, OSError."""
+    path = Path(name)
+    best, newest = path / "hf", ([path] + list_checkpoints(path))[-1]
+    weights = best if best.is_dir() else newest
+    is_checkpoint = weights.suffix == ".pt"
+    model = (
+        load_checkpoint(weights)[0] if is_checkpoint else GPT.from_pretrained(weights.as_posix())
+    )
+    tokenizer = load_tokenizer(path.parent if path.suffix == ".pt" else path)
+    check_vocabulary(model, tokenizer)
+    return model.eval(), tokenizer
+
+
+# -------------------------------------------------------------------------- Short cuts for a CPU
+# They change how fast a CPU computes, and not what. The model touches each in one line.
+
+
+def formula_is_faster(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether attention that is written out is faster than PyTorch's kernel, for q (B, nh, T, hs).
+
+    It is so on a CPU in bf16, for short sequences: a step of `quick` runs 1.25 times as fast.
+    """
+    cpu_in_bf16 = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    return cpu_in_bf16 and mask is None and 1 < q.size(2) <= 256
+
+
+def loss_pays_in_chunks(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """x (B, T, C), weight (V, C), targets (B, T) → mean cross entropy of x·weightᵀ, in nats, ().
+
+    The B·T·V logits are by far the largest tensor of a step. Here only some rows of them exist at a
+    time. Their gradient has to be used while they exist, and so forward() computes the gradients of
+    x and weight as well, if they are asked for, and backward() only scales them. A gradient of
+    these gradients is refused. With autocast, the three products are in its dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)
+        ctx.save_for_backward(x_grad, weight_grad)
+        x, x_grad = x.flatten(0, 1), x_grad.flatten(0, 1)  # (N, C)
+        targets = targets.flatten()[:, None]  # (N, 1)
+        if torch.is_autocast_enabled("cpu"):
+            x, weight = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight))
+        loss, N, V = torch.zeros(()), len(x), len(weight)
+        rows = 2**25 // V + 1  # products are fast if they are large
+        few = 2**20 // V + 1  # the rest is fast if it fits into a CPU's cache
+        for i in range(0, N, rows):
+            logits = x[i : i + rows] @ weight.T  # (rows, V)
+            for j in range(0, len(logits), few):
+                z = logits[j : j + few].float()  # (few, V): sums over V terms need fp32
+                target = targets[i : i + rows][j : j + few]  # (few, 1)
+                p = z.softmax(dim=1)
+                # p = e^z / Σ e^z, and so ln Σ e^z = z - ln p. It is most exact for the largest p.
+                loss += (z.amax(dim=1) - p.amax(dim=1).log()).sum() - z.gather(1, target).sum()
+                # The gradient takes the place of the logits: p, minus 1 at the target.
+                logits[j : j + few] = p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
+            if any(ctx.needs_input_grad):
+                x_grad[i : i + rows] = logits @ weight
+                weight_grad += logits.T @ x[i : i + rows]
+        ctx.N = N
+        return loss / N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_grad, weight_grad = ctx.saved_tensors
+        return x_grad * (grad / ctx.N), weight_grad * (grad / ctx.N), None
+
+
+@contextmanager
+def inference(model: GPT, rows: int) -> Iterator[None]:
+    """Inside, dropout is off, and a CPU has the weights in the order in which oneDNN wants them.
+
+    rows: how many rows the matrices typically multiply. oneDNN would otherwise order the weights
+    anew in every call, and with few rows that takes longer than the product: 124M generates 1.2 to
+    1.3 times as fast in bf16, and 1.7 to 2.9 times in fp32. Such weights give no gradients, and so
+    they are used only where gradients are off. The functions are private ones of PyTorch. If one is
+    missing, the weights stay as they are.
+    """
+    was_training, packed = model.training, []
+    try:
+        model.eval()
+        if not torch.is_grad_enabled() and model.lm_head.weight.device.type == "cpu":
+            pack_linears(model, rows, packed)
+        yield
+    finally:
+        for layer in packed:
+            del layer.forward  # which brings that of nn.Linear back
+        model.train(was_training)
+
+
+def pack_linears(model: GPT, rows: int, packed: list[nn.Linear]) -> None:
+    """Give each Linear layer a forward() with packed weights, and add it to the list."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    oneDNN = torch.ops.mkldnn
+    try:
+        order, multiply = oneDNN._reorder_linear_weight, oneDNN._linear_pointwise
+        if dtype != torch.float32 and not oneDNN._is_mkldnn_bf16_supported():
+            return
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear) and "forward" not in vars(layer):  # not packed yet
+                bias = None if layer.bias is None else layer.bias.to(dtype)
+                args = (order(layer.weight.to(dtype), rows), bias, "none", [], "")
+                layer.forward = lambda x, args=args: multiply(x.to(dtype), *args)
+                packed.append(layer)
+    except (AttributeError, RuntimeError):
+        return
+
+
+def keep_freed_memory() -> None:
+    """Let Linux's C library keep the memory of freed tensors instead of giving it back.
+
+    The kernel would hand it out again page by page in every step. A 124M step on two cores takes
+    1.5 times as long without this.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
+# --------------------------------------------------------------------------------------- Muon
+
+
+def orthogonalize(g: Tensor) -> Tensor:
+    """Bring all singular values of a matrix (…, rows, columns) near 1, and keep their directions.
+
+    In a gradient a few directions are usually much larger than the rest. With all singular values
+    near 1, the rare directions take steps of the same size.
+
+    This is a Newton-Schulz iteration (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    Divided by its norm, g has no singular value above 1. aX + bXXᵀX + c(XXᵀ)²X raises the small
+    ones, and five rounds bring most of them between 0.7 and 1.2. The numbers a, b and c, below, are
+    chosen to get there fast.
+    """
+    x = g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x  # x·xᵀ is then the smaller of the two products
+    for _ in range(5):
+        s = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """An average of a matrix's gradients, made orthogonal, is the step.
+
+    An orthogonal matrix has a root mean square of 1/√max(rows, columns). 0.2·√max(rows, columns)
+    times that is 0.2, about as much as AdamW's steps have, so one learning rate serves both
+    (arXiv:2502.16982). Matrices of one shape form a group and are computed together, which makes a
+    step of the quick preset 4 % shorter.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, weight_decay: float, dtype: torch.dtype) -> None:
+        matrices = [p for p in blocks.parameters() if p.dim() == 2]
+        shapes = dict.fromkeys(p.shape for p in matrices)  # each once, in order
+        groups = [dict(params=[p for p in matrices if p.shape == shape]) for shape in shapes]
+        super().__init__(groups, dict(lr=0.0, weight_decay=weight_decay, momentum=0.95))
+        self.dtype = dtype  # of `orthogonalize`, which need not be exact
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            params, lr, momentum = group["params"], group["lr"], group["momentum"]
+            grad = torch.stack([p.grad for p in params])  # (n, rows, columns)
+            average = self.state[params[0]].setdefault("average", torch.zeros_like(grad))
+            average.lerp_(grad, 1 - momentum)
+            update = grad.lerp(average, momentum).to(self.dtype)  # Nesterov: looks one step ahead
+            rows, columns = grad.shape[1:]
+            if rows == 3 * columns:  # c_attn is three matrices; as one it costs 0.025 bits per byte
+                rows = columns
+            update = orthogonalize(update.view(-1, rows, columns)).reshape(grad.shape)
+            for p, u in zip(params, update, strict=True):
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(u, alpha=-0.2 * lr * max(rows, columns) ** 0.5)
+
+
+# ------------------------------------------------------------------------------ Command line
 
 
 def parse(argv: Sequence[str] | None) -> dict[str, Any]:
-    """The flags that were given, by name. Those of the two configs are made from their fields."""
+    """The flags that were given, by name. Each field of the three configs has a flag."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train GPT-2, or let it write. The first lines of this file have examples.",
         allow_abbrev=False, argument_default=argparse.SUPPRESS,
     )  # fmt: skip
-    parser.error = lambda message: sys.exit(f"error: {message} (--help lists all flags)")
-    add = parser.add_argument
-    add("--preset", choices=PRESETS, help="default: gpt2 for --init or FineWeb-Edu, else quick")
-    add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
-    add("--generate", metavar="PROMPT", help="write samples with --init or the newest run, and end")
+    parser.error = lambda message: require(False, f"{message} (--help lists all flags)")
+    parser.add_argument("--preset", choices=PRESETS, help=
+        "The recipe, which the other flags change. By default it is gpt2 if edu_fineweb10B has"
+        " shards or --init is given, and otherwise quick. The defaults below are those of gpt2."
+    )  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help=
+        "Go on from the newest checkpoint of the run. If there is none, start at step 0."
+    )  # fmt: skip
+    parser.add_argument("--generate", metavar="PROMPT", help=
+        "Do not train. Write samples that continue PROMPT, with the model of --init or of the"
+        " newest run."
+    )  # fmt: skip
     for config in (GPTConfig, TrainConfig, SampleConfig):
-        group = parser.add_argument_group(config.__name__)
-        for f in fields(config):
-            help, choices = f.metadata["help"], f.metadata["allowed"][2] or None
-            help += "" if "default" in help else f" (default: {f.default})"
-            group.add_argument(f"--{f.name}", type=f.type, choices=choices, help=help)
+        group = parser.add_argument_group(config.__name__, config.__doc__)
+        commented = re.findall(r"((?:    # .*\n)+)    (\w+): ", inspect.getsource(config))
+        for comment, name in commented:
+            default, text = getattr(config, name), " ".join(comment.replace("# ", "").split())
+            text += "" if "default" in text else f" (default: {default})"
+            kind, choices = type(default), CHOICES.get(name)
+            if kind is bool:
+                kind, choices = {"True": True, "False": False}.get, (True, False)
+            group.add_argument(f"--{name}", type=kind, choices=choices, help=text)
     return vars(parser.parse_args(argv))
 
 
-def of(config: type, flags: dict[str, Any]) -> dict[str, Any]:
-    """Those of the flags that are fields of a config."""
-    return {f.name: flags[f.name] for f in fields(config) if f.name in flags}
+def with_flags(config: Any, flags: dict[str, Any]) -> Any:
+    """The config, changed by those of the flags that are among its fields. Errors: ValueError."""
+    return replace(config, **{f.name: flags[f.name] for f in fields(config) if f.name in flags})
 
 
 def print_samples(flags: dict[str, Any]) -> None:
-    how = asdict(SampleConfig(**of(SampleConfig, flags)))
-    newest = max(Path("log").glob("*/checkpoint_*.pt"), key=os.path.getmtime, default=None)
-    if not (name := flags.get("init") or newest):
-        raise ValueError("there is no run in log/ to sample from: train one, or give --init")
+    settings = asdict(with_flags(SampleConfig(), flags))
+    newest = max(Path("log").glob("*/hf"), key=os.path.getmtime, default=Path("hf"))
+    name = flags.get("init") or str(newest.parent)
+    require(name != ".", "there is no run in log/ to sample from: train one, or give --init")
     model, tokenizer = load_model(name)
     worker = start_worker(flags.get("device", "auto"), flags.get("precision", "auto"))
+    settings["seed"] = flags.get("seed", TrainConfig.seed)
     model.to(worker.device)
-    how["seed"] = flags.get("seed", TrainConfig.seed)
-    for text in sample_texts(model, tokenizer, worker, flags["generate"], **how):
+    for text in sample_texts(model, tokenizer, worker, flags["generate"], **settings):
         print(text, end="\n\n")
 
 
 def pick_log_dir(flags: dict[str, Any], preset: str) -> str:
-    """The folder that was given, or log/PRESET, log/PRESET-2, …: the first that no run has taken,
-    or with --resume the last that one has."""
+    """The folder that was given. Otherwise log/PRESET, log/PRESET-2, …: the first that holds no
+    run, or with --resume the last that holds one. Errors: ValueError."""
     resume, given = flags.get("resume", False), flags.get("log_dir")
     names = [given] if given else [f"log/{preset}", *(f"log/{preset}-{i}" for i in range(2, 1000))]
     taken = [Path(name, "log.jsonl").exists() for name in names]
-    if given and taken[0] and not resume:
-        raise ValueError(f"log_dir={given} holds a run: --resume goes on with it; or name another")
+    refused = given and taken[0] and not resume
+    require(not refused, f"log_dir={given} holds a run: --resume goes on with it; or name another")
     free = taken.index(False) if False in taken else 1
     return names[max(0, free - 1) if resume or given else free]
 
 
-def make_model(flags: dict[str, Any], shape: dict[str, Any], cfg: TrainConfig) -> GPT:
-    """A fresh model of this shape, or the one that cfg.init names, for cfg.data_dir's tokenizer."""
-    tokenizer = fineweb.load_tokenizer(cfg.data_dir)
+def make_model(flags: dict[str, Any], shape: GPTConfig, cfg: TrainConfig) -> GPT:
+    """A new model of this shape, or the one that cfg.init names, for the tokenizer of cfg.data_dir.
+
+    Errors: ValueError if that model has another tokenizer, or cannot get the shape that was asked.
+    """
+    tokenizer = load_tokenizer(cfg.data_dir)
     if not cfg.init:
         torch.manual_seed(cfg.seed)
-        return GPT(GPTConfig(**({"vocab_size": padded(tokenizer.n_vocab)} | shape)))
-    start, own = load_model(cfg.init)
-    if fineweb.spell(own) != fineweb.spell(tokenizer):
-        raise ValueError(f"init={cfg.init}: its tokenizer is not that of data_dir={cfg.data_dir}")
-    asked = of(GPTConfig, flags)
-    model = GPT(replace(start.config, **asked))
-    try:
-        model.load_state_dict(start.state_dict())
-    except RuntimeError:
-        raise ValueError(f"init={cfg.init} is a {start.config}: it cannot become {asked}") from None
+        return GPT(replace(shape, vocab_size=flags.get("vocab_size", padded(tokenizer.n_vocab))))
+    loaded, its_tokenizer = load_model(cfg.init)
+    same = token_bytes(its_tokenizer) == token_bytes(tokenizer)
+    require(same, f"init={cfg.init}: its tokenizer is not that of data_dir={cfg.data_dir}")
+    model = GPT(with_flags(loaded.config, flags))
+    same = [p.shape for p in model.parameters()] == [p.shape for p in loaded.parameters()]
+    require(same, f"init={cfg.init} is a {loaded.config}: it cannot become a {model.config}")
+    model.load_state_dict(loaded.state_dict())
     return model
 
 
-def run(flags: dict[str, Any]) -> None:
+@contextmanager
+def collect_signals() -> Iterator[list[int]]:
+    """Inside, Ctrl-C and SIGTERM do not end the process. Their numbers come into this list."""
+    received: list[int] = []
+
+    def on_signal(number: int, frame: Any) -> None:
+        received.append(number)
+        # A second Ctrl-C does not wait for a checkpoint. A second SIGTERM does: a scheduler sends
+        # it to every process, and torchrun then once more to its workers.
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(flags: dict[str, Any]) -> int:
+    """Do what the flags say → 0, or the number of the signal that ended it."""
     if "generate" in flags:
-        return print_samples(flags)
+        print_samples(flags)
+        return 0
     has_shards = any(Path(TrainConfig.data_dir).glob("*train_*.npy"))
     preset = flags.get("preset") or ("gpt2" if has_shards or "init" in flags else "quick")
-    chosen = PRESETS[preset] | flags
-    GPTConfig(**of(GPTConfig, chosen))  # a wrong value is an error now, not after preparing data
-    cfg = TrainConfig(**of(TrainConfig, chosen) | {"log_dir": pick_log_dir(flags, preset)})
-    cfg.micro_steps(int(os.environ.get("WORLD_SIZE", 1)))
+    shape, cfg = (with_flags(config, flags) for config in PRESETS[preset])
+    cfg = replace(cfg, log_dir=pick_log_dir(flags, preset))
     worker = start_worker(cfg.device, cfg.precision)
     if preset == "quick" and not flags.keys() & {"preset", "data_dir"}:
         worker.print("no shards in edu_fineweb10B (python fineweb.py makes them): preset quick")
-    signals: list[int] = []
+    with collect_signals() as signals:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            Path(cfg.log_dir).mkdir(parents=True, exist_ok=True)
+            if preset == "quick" and "data_dir" not in flags:
+                import fineweb
 
-    def note(number: int, frame: Any) -> None:
-        signals.append(number)
-        # A second Ctrl-C does not wait for a checkpoint. SIGTERM may come twice by itself, from the
-        # scheduler and from torchrun.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, note)
-    signal.signal(signal.SIGINT, note)
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        Path(cfg.log_dir).mkdir(parents=True, exist_ok=True)
-        if "data_dir" not in flags and preset == "quick":
-            fineweb.prepare_stdlib(cfg.data_dir)
-    worker.gather(0)  # the others wait here
-    for split in ("train", "val"):
-        fineweb.open_shards(cfg.data_dir, split)  # an error here comes before anything is computed
-    model = make_model(flags, of(GPTConfig, chosen), cfg).to(worker.device)
-    signum = train(model, cfg, worker, flags.get("resume", False), signals)
-    status = 128 + signum if signum else 0
-    if worker.world_size > 1:
-        dist.destroy_process_group()
-        os._exit(status)  # gloo's threads can abort a process that ends in Python's usual way
-    if status:
-        sys.exit(status)
+                fineweb.prepare_stdlib(cfg.data_dir)
+        worker.gather(0)  # the others wait here
+        for split in ("train", "val"):
+            find_shards(cfg.data_dir, split)  # an error here says more than one about the tokenizer
+        model = make_model(flags, shape, cfg).to(worker.device)
+        return train(model, cfg, worker, flags.get("resume", False), signals)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that lacks a character
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line → the exit status: 0, 1 after an error, or 128 + the number of a signal."""
+    with suppress(AttributeError):  # Jupyter's output cannot do this, and need not
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that lacks a character
     try:
-        run(parse(argv))
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as e:
-        sys.exit(f"error: {e}")
+        signum = run(parse(argv))
+        return 128 + signum if signum else 0
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError) as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        return 1
 
 
 if __name__ == "__main__":
-    main()
+    status = main()
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        # gloo's threads now and then abort a process that ends in Python's usual way, and torchrun
+        # would start the finished run again. So this process ends without farewell.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -81,7 +81,7 @@ def sandbox(tmp_path, monkeypatch):
     Leaves out of a run what takes long: measuring the device, drawing the plot.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_gpt2.Worker, "matmul_rate", lambda worker: 1e12)
+    monkeypatch.setattr(train_gpt2.Worker, "matmul_flops", lambda worker: 1e12)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **how: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     precision = torch.get_float32_matmul_precision()

@@ -65,8 +65,8 @@ def test_the_plain_way_generates_what_ours_does():
 
 def test_the_quick_recipe_is_the_preset(data):
     config, cfg = bench.quick(data)
-    assert config.n_embd == PRESETS["quick"]["n_embd"] and config.vocab_size == 384
-    assert cfg.max_lr == PRESETS["quick"]["max_lr"] and cfg.optimizer == "muon"
+    assert config.n_embd == PRESETS["quick"][0].n_embd and config.vocab_size == 384
+    assert cfg.max_lr == PRESETS["quick"][1].max_lr and cfg.optimizer == "muon"
 
 
 def test_a_stride_makes_as_many_tokens():

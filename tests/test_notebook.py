@@ -105,9 +105,7 @@ def cells(executed, sandbox, monkeypatch):
 
 def no_mask(monkeypatch):
     attention = F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda q, k, v, *_, **__: attention(q, k, v)
-    )
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, *_: attention(q, k, v))
 
 
 def no_scale(monkeypatch):
@@ -230,7 +228,7 @@ def test_ablations_json_has_every_variant_as_defined_with_three_seeds():
     space = {}
     for source in tagged("setup")[:1] + tagged("ablations"):
         exec(source, space)
-    rows = json.loads((ROOT / "ablations.json").read_text())
+    rows = json.loads((ROOT / "assets/ablations.json").read_text())
     found = {(row["name"], row["seed"]): row for row in rows}
     assert len(space["SEEDS"]) == 3 and len(found) == len(rows)
     assert set(found) == {(name, seed) for name in space["ABLATIONS"] for seed in space["SEEDS"]}

@@ -27,13 +27,16 @@ from hypothesis import strategies as st
 
 import fineweb
 from train_gpt2 import (
+    CHOICES,
     GPT,
     MLP,
     PRESETS,
     CausalSelfAttention,
-    CrossEntropy,
+    ChunkedLoss,
     DataLoaderLite,
     GPTConfig,
+    KVCache,
+    SampleConfig,
     TrainConfig,
     Worker,
     configure_optimizers,
@@ -61,7 +64,7 @@ SIZES = {  # blocks, heads, channels, parameters
     "gpt2-large": (36, 20, 1280, 774_030_080),
     "gpt2-xl": (48, 25, 1600, 1_557_611_200),
 }
-TINY = SHAPE | dict(vocab_size=384)  # padded: the tests' tokenizer has 300
+TINY = SHAPE | dict(vocab_size=384, bias=True)  # padded: the tests' tokenizer has 300
 
 
 @torch.no_grad()
@@ -93,23 +96,20 @@ def autocast(enabled: bool) -> torch.autocast:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_a_whole_recipe(name):
-    names = {field.name for field in dataclasses.fields(GPTConfig)}
-    shape = GPTConfig(**{key: PRESETS[name][key] for key in PRESETS[name].keys() & names})
-    cfg = TrainConfig(**{key: PRESETS[name][key] for key in PRESETS[name].keys() - names})
+    shape, cfg = PRESETS[name]
     world_size = 1 if name == "quick" else 8
-    assert cfg.total_batch_size % (cfg.micro_batch_size * cfg.seq_len * world_size) == 0
-    assert cfg.seq_len == shape.block_size
+    assert cfg.total_batch_size % (cfg.micro_batch_size * shape.block_size * world_size) == 0
     if name != "quick":
         assert (shape.n_layer, shape.n_head, shape.n_embd) == SIZES[name][:3]
         assert (cfg.total_batch_size, cfg.max_steps, cfg.warmup_steps) == (2**19, 19073, 715)
 
 
-@pytest.mark.parametrize("config", [GPTConfig, TrainConfig])
+@pytest.mark.parametrize("config", [GPTConfig, TrainConfig, SampleConfig])
 def test_a_wrong_value_is_an_error_that_names_it(config):
     for field in dataclasses.fields(config):
         numbers = (-1, -(2**70), 2**70, math.nan, math.inf, -math.inf)
-        choices = ("", "ADAMW", "cuda:0") if field.metadata["allowed"][2] else ()
-        for value in numbers if field.type in (int, float) else choices:
+        choices = ("", "ADAMW", "cuda:0") if field.name in CHOICES else ()
+        for value in choices if isinstance(field.default, str) else numbers:
             with pytest.raises(ValueError, match=f"{field.name}={value}|{field.name}={value!r}"):
                 config(**{field.name: value})
 
@@ -154,6 +154,15 @@ def test_the_parts_of_gpt2_small_have_the_parameters_of_openais(small):
 
 def test_a_token_of_gpt2_small_costs_855_megaflops(small):
     assert round(small.flops_per_token(1024) / 1e6) == 855
+
+
+def test_without_biases_gpt2_small_has_none_in_any_linear_or_layer_norm():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(bias=False))
+    assert not [name for name, _ in model.named_parameters() if name.endswith("bias")]
+    biases = 12 * (3 + 1 + 4 + 1 + 2) * 768 + 768  # Linear and LayerNorm layers; ln_f
+    assert model.num_params() == 124_439_808 - biases == 124_337_664
+    assert tiny(bias=False)(tokens(2, 9)).isfinite().all()
 
 
 @mixed
@@ -229,23 +238,45 @@ def test_left_padded_rows_with_positions_and_mask_give_what_the_rows_alone_give(
         torch.testing.assert_close(x[T - n :], model.hidden(row[None])[0])
 
 
-@pytest.mark.parametrize("N, V, dtype", [
-    (1, 1, torch.float32), (7, 300, torch.float32), (5, 2**19, torch.float32),
-    (64, 300, torch.bfloat16),
-])  # fmt: skip
-def test_cross_entropy_and_its_gradient_are_pytorchs(N, V, dtype):
-    logits, targets = torch.randn(N, V, dtype=dtype) * 4, torch.randint(V, (N,))
+def loss_and_gradients(loss, x, weight, targets):
+    x, weight = (t.clone().requires_grad_() for t in (x, weight))
+    value = loss(x, weight, targets)
+    (value * 0.5).backward()
+    return value.detach(), x.grad, weight.grad
+
+
+def plain_loss(x, weight, targets):
+    return F.cross_entropy((x @ weight.T).float().flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize("B, T, V", [(1, 1, 1), (2, 7, 300), (3, 50, 2**18), (1, 5, 2**20 + 3)])
+def test_the_loss_in_chunks_and_its_gradients_are_pytorchs(B, T, V):
+    x, weight, targets = torch.randn(B, T, 8) * 3, torch.randn(V, 8), torch.randint(V, (B, T))
     if V > 1:
-        logits[0, 0], targets[0] = 300.0, 1  # whose probability is 0 in fp32
+        targets[0, 0] = (weight @ x[0, 0]).argmin()  # whose probability is near 0
+    expected = loss_and_gradients(plain_loss, x, weight, targets)
+    torch.testing.assert_close(loss_and_gradients(ChunkedLoss.apply, x, weight, targets), expected)
 
-    def loss_and_gradient(function):
-        x = logits.clone().requires_grad_()
-        loss = function(x * 1, targets) * 0.5  # * 1, as a leaf is not overwritten
-        loss.backward()
-        return loss, x.grad
 
-    expected = loss_and_gradient(lambda x, y: F.cross_entropy(x.float(), y, reduction="sum"))
-    torch.testing.assert_close(loss_and_gradient(CrossEntropy.apply), expected)
+def test_in_bf16_the_loss_in_chunks_is_as_near_to_the_truth_as_pytorchs():
+    x, weight, targets = torch.randn(4, 16, 32), torch.randn(300, 32), torch.randint(300, (4, 16))
+    truth = loss_and_gradients(plain_loss, x, weight, targets)
+    with autocast(True):
+        ours = loss_and_gradients(ChunkedLoss.apply, x, weight, targets)
+        theirs = loss_and_gradients(plain_loss, x, weight, targets)
+    for a, b, true in zip(ours, theirs, truth, strict=True):
+        assert a.dtype == torch.float32 and (a - true).norm() < 1.2 * (b - true).norm() + 1e-3
+
+
+def test_the_loss_in_chunks_changes_none_of_its_inputs_and_refuses_second_derivatives():
+    x, weight, targets = torch.randn(2, 3, 8), torch.randn(300, 8), torch.randint(300, (2, 3))
+    x.requires_grad_()
+    before = x.detach().clone(), weight.clone()
+    loss = ChunkedLoss.apply(x, weight, targets)
+    (grad,) = torch.autograd.grad(loss * loss, x, create_graph=True)
+    assert_same((x.detach(), weight), before)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_compiled_or_not_the_loss_is_the_mean_of_cross_entropy(monkeypatch):
@@ -329,6 +360,18 @@ def naive_generate(model, idx, n, n_vocab=None, **how):
         logits = model(idx[:, -model.config.block_size :])[:, -1, :n_vocab]
         idx = torch.cat((idx, sample(logits, **how)), dim=1)
     return idx
+
+
+@torch.no_grad()
+def test_a_cache_takes_several_tokens_at_first_and_then_one_at_a_time():
+    model, idx = tiny(), tokens(2, 9)
+    whole, caches = model.hidden(idx), [KVCache(32) for _ in range(2)]
+    torch.testing.assert_close(model.hidden(idx[:, :5], caches=caches), whole[:, :5])
+    for t in range(5, 8):
+        x = model.hidden(idx[:, t : t + 1], caches=caches)
+        torch.testing.assert_close(x, whole[:, t : t + 1])
+    with pytest.raises(ValueError, match="2 tokens behind 8 cached ones"):
+        model.hidden(idx[:, 8:10].expand(2, 2), caches=caches)
 
 
 @pytest.mark.parametrize("start, n", [(1, 30), (5, 60), (32, 5), (40, 8)])
@@ -651,7 +694,7 @@ def run(data_dir, tmp_path_factory):
     """The directory of a finished run."""
     log_dir = tmp_path_factory.mktemp("run") / "log"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Worker, "matmul_rate", lambda worker: 1e12)
+        patch.setattr(Worker, "matmul_flops", lambda worker: 1e12)
         assert begin(log_dir, data_dir, shape=dict(dropout=0.1)) == 0
     return log_dir
 
@@ -1215,6 +1258,19 @@ def test_a_saved_model_has_the_same_logits_there_without_the_padded_rows(tmp_pat
     torch.testing.assert_close(theirs(idx).logits, model(idx)[..., :300], atol=1e-4, rtol=0)
     assert (theirs.config.vocab_size, theirs.config.eos_token_id) == (300, 299)
     assert theirs.generation_config.eos_token_id == 299
+
+
+def test_a_model_without_biases_is_saved_with_zeros_and_has_the_same_logits_there(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, idx = tiny(bias=False, dropout=0.25), tokens(2, 32)
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(theirs(idx).logits, model(idx), atol=1e-4, rtol=0)
+    biases = [p for name, p in theirs.named_parameters() if name.endswith("bias")]
+    assert len(biases) == 2 * 6 + 1 and not any(bias.any() for bias in biases)
+    c = theirs.config
+    assert [c.resid_pdrop, c.embd_pdrop, c.attn_pdrop] == [0.25] * 3
 
 
 @pytest.mark.parametrize("which", ["tokenizer", "gpt2"])
