@@ -2,16 +2,19 @@
 
 import os
 import shutil
+import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import offline
 
 import bench
 import fineweb
 import hellaswag
-from train_gpt2 import PRESETS, GPTConfig, TrainConfig, Worker
+from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, Worker
 
 WORKER = Worker()  # fp32: what is equal is equal to six digits
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=1024, vocab_size=384)
@@ -34,7 +37,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: model)
     monkeypatch.setattr(bench.subprocess, "run", lambda *args, **options: None)
 
-    def race(contenders, rounds=3):
+    def race(contenders, rounds=2):
         started = {name: contender() for name, contender in contenders.items()}
         return {name: [next(turns) for _ in range(rounds)] for name, turns in started.items()}
 
@@ -56,7 +59,7 @@ def test_all_three_kinds_have_the_same_loss(data):
 
 
 def test_the_plain_way_generates_what_ours_does():
-    model = bench.build("ours", CONFIG, WORKER.device).eval()
+    model = bench.build_model("ours", CONFIG, WORKER.device).eval()
     idx = torch.randint(CONFIG.vocab_size, (3, 8))
     with torch.no_grad():
         plain = bench.plain_generate(model, idx, 24, k=1)
@@ -70,17 +73,18 @@ def test_the_quick_recipe_is_the_preset(data):
 
 
 def test_a_stride_makes_as_many_tokens():
-    model, idx = bench.build("plain", CONFIG, WORKER.device), torch.zeros(2, 8, dtype=torch.long)
+    model, idx = (
+        bench.build_model("plain", CONFIG, WORKER.device),
+        torch.zeros(2, 8, dtype=torch.long),
+    )
     with torch.no_grad():
         assert bench.plain_generate(model, idx, 24, stride=6).shape == (2, 32)
 
 
 def test_the_plain_way_scores_hellaswag_as_ours_does(data, tiny, monkeypatch):
     monkeypatch.setattr(bench, "EXAMPLES", 12)
-    model, tokenizer = (
-        bench.build("ours", CONFIG, WORKER.device).eval(),
-        fineweb.load_tokenizer(data),
-    )
+    model = bench.build_model("ours", CONFIG, WORKER.device).eval()
+    tokenizer = fineweb.load_tokenizer(data)
     args = (model, tokenizer, bench.make_examples(data), WORKER)
     accuracies = [
         evaluate(*args)["hellaswag_acc_norm"]
@@ -127,11 +131,92 @@ def test_a_section_fills_rows_of_the_table(name, data, tiny, capsys):
 
 def test_the_cell_of_a_faster_contender_has_a_ratio_above_one(capsys):
     turns = dict(ours=[dict(rate=r) for r in (190, 200, 210)], plain=[dict(rate=100.0)])
-    bench.compare("speed", turns)
+    bench.print_comparison("speed", turns)
     assert capsys.readouterr().out == "| speed | 200 ±5% |  | 100 |  | 2.00 |  |\n"
 
 
+def test_a_cell_is_the_median_of_the_turns_and_half_their_range():
+    turns = [dict(rate=r) for r in (1.0, 5.0, 9.0, 2.0)]
+    assert bench.cell(turns, "rate") == "3.5 ±114%"
+    assert bench.cell([dict(rate=12345.6)], "rate") == "12,346"
+
+
+def test_the_last_column_is_the_share_of_ours(capsys):
+    results = dict(ours=[dict(rate=8.0, share=0.25)], plain=[dict(rate=4.0, share=0.125)])
+    bench.print_comparison("speed", results, share="share")
+    assert capsys.readouterr().out == "| speed | 8 |  | 4 |  | 2.00 | 25% |\n"
+
+
+def test_a_training_turn_counts_its_tokens_and_not_the_untimed_step(data, monkeypatch):
+    steps = []
+    monkeypatch.setattr(bench, "make_step", lambda *args: lambda: steps.append(len(steps)))
+    monkeypatch.setattr(bench, "seconds", lambda work: work() and None or 2.0)
+    monkeypatch.setattr(Worker, "matmul_flops", lambda worker: 1e9)
+    cfg = TrainConfig(micro_batch_size=4, seq_len=32)
+    turns = bench.training("ours", WORKER, data, CONFIG, cfg, steps=3)
+    turn = next(turns)
+    assert len(steps) == 1 + 3 and turn["rate"] == 3 * 4 * 32 / 2.0
+    with torch.device("meta"):
+        flops = GPT(CONFIG).flops_per_token(32)
+    assert turn["share"] == pytest.approx(flops * turn["rate"] / 1e9)
+    next(turns)
+    assert len(steps) == 1 + 3 + 1 + 3
+
+
+def die():
+    os._exit(9)
+    yield {}
+
+
+def test_a_contender_that_is_killed_is_named():
+    with pytest.raises(OSError, match="plain: its process died"):
+        bench.race(dict(plain=die))
+
+
+def test_without_a_compiler_the_row_says_so(data, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    bench.bench_quick(WORKER, data)
+    assert "torch.compile: not measured" in capsys.readouterr().out
+
+
+def test_without_gpt2s_tokenizer_the_row_of_the_shards_says_so(data, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(fineweb, "load_tokenizer", offline)
+    bench.bench_shards(WORKER, data)
+    assert "tokens/s: not measured" in capsys.readouterr().out
+
+
+def test_the_section_of_the_shards_fills_its_row(data, tiny, gpt2, capfd):
+    bench.bench_shards(WORKER, data)
+    (row,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("|")]
+    assert row.count("|") == 8 and row.split("|")[2].strip() and row.split("|")[4].strip()
+
+
+@pytest.mark.parametrize(
+    "platform, system", [("win32", "psutil"), ("darwin", "resource"), ("linux", "resource")]
+)
+def test_peak_memory_is_in_gigabytes_on_every_system(platform, system, monkeypatch):
+    """Windows and macOS give bytes, Linux KiB."""
+    usage = 3e9 / 1024 if platform == "linux" else 3e9
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=usage))
+    psutil = SimpleNamespace(Process=lambda: process)
+    resource = SimpleNamespace(
+        RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=usage)
+    )
+    others = dict(psutil=psutil, resource=resource)
+    monkeypatch.setattr(sys, "platform", platform)
+    for name, module in others.items():
+        monkeypatch.setitem(sys.modules, name, module if name == system else None)
+    assert bench.peak_gb(torch.device("cpu")) == pytest.approx(3)
+
+
 def test_a_section_that_does_not_exist_is_an_error(capsys):
-    with pytest.raises(SystemExit):
-        bench.main(["stpe"])
+    assert bench.main(["stpe"]) == 1
     assert "no section stpe" in capsys.readouterr().err
+
+
+def test_all_sections_but_the_long_one_run_unless_named(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(bench, "print_table", chosen.append)
+    assert [bench.main(argv) for argv in ([], ["--long"], ["long", "step"])] == [0, 0, 0]
+    usual, every, named = chosen
+    assert named == ["long", "step"] and every == [*usual, "long"] and len(usual) == 8
