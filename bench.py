@@ -1,9 +1,11 @@
-"""How fast this GPT-2 is beside two others: a table in Markdown.
+"""How fast this GPT-2 is beside two others, and whether it computes what transformers computes.
 
     python bench.py                    every section of the table but `long`
     python bench.py step generate      only these sections
     python bench.py --long             every section; `long` is AdamW against Muon
     python bench.py > bench.md         the table goes to the file, the rest to stderr
+    python bench.py diff gpt2          the same weights in both programs, number by number
+    python bench.py diff log/quick     … with the best model of a run, or with any folder
 
 Each row of the table is a piece of work that up to three programs do side by side:
     ours   is train_gpt2.py, fineweb.py and hellaswag.py, as they are.
@@ -23,6 +25,9 @@ is the speed at which a sum reads 512 MB, because every token needs all weights 
 
 The weights are random, because speed does not depend on them. The text is that of Python's standard
 library.
+
+`diff` loads the weights once with train_gpt2.py and once with transformers. Both models read the
+same text, in fp32 on the CPU. The exit status is 1 if a difference is larger than its bound.
 """
 
 import argparse
@@ -46,7 +51,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -194,6 +199,89 @@ def plain_logits(model: GPT, idx: Tensor) -> Tensor:
         x = x + block.attn.c_proj(y.transpose(1, 2).reshape(B, T, -1))
         x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh"))
     return model.lm_head(parts.ln_f(x))
+
+
+# ------------------------------------------------------------------ The same numbers as theirs
+
+
+class Outcome(NamedTuple):
+    """What a model computes from T tokens of text."""
+
+    logits: Tensor  # (1, T, V)
+    loss: float  # nats per token
+    grads: dict[str, Tensor]  # of the loss, by the name of the parameter
+    tokens: list[int]  # what it writes after the first half of the text, greedily
+
+
+def load_in_transformers(name: str) -> nn.Module:
+    """What `load_model` loads, but read by transformers. Errors: ValueError."""
+    from transformers import GPT2LMHeadModel, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    best = Path(name, "hf")  # the best model, if the name is that of a run
+    folder = str(best) if best.is_dir() else name
+    try:
+        return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    except Exception as e:  # it fails in many ways of its own and of other libraries
+        reason = " ".join(str(e).split())
+        wanted = "a folder with config.json and weights, such as a run's"
+        raise ValueError(f"transformers has no GPT-2 from {folder!r}: {reason} ({wanted})") from e
+
+
+def compute(model: nn.Module, idx: Tensor, targets: Tensor) -> Outcome:
+    """Run one of the two models on token ids and the ids that come next, (1, T) each."""
+    T = idx.size(1)
+    prompt = idx[:, : max(1, T // 2)]
+    n_new = min(64, T - prompt.size(1))
+    if isinstance(model, GPT):
+        logits = model(idx)
+        loss = model(idx, targets)
+        loss.backward()
+        grads = {key: p.grad for key, p in model.named_parameters()}
+        text = model.generate(prompt, n_new, temperature=0)
+    else:
+        from transformers import GenerationConfig
+
+        output = model(idx, labels=targets, shift_labels=targets)
+        logits, loss = output.logits, output.loss
+        loss.backward()
+        grads = train_gpt2.transpose_conv1d({key: p.grad for key, p in model.named_parameters()})
+        # This replaces the settings that came with the weights. They may say how to sample, and at
+        # which token to stop.
+        model.generation_config = GenerationConfig(max_new_tokens=n_new, do_sample=False)
+        text = model.generate(prompt)
+    return Outcome(logits.detach(), loss.item(), grads, text[0, prompt.size(1) :].tolist())
+
+
+def print_diff(name: str) -> bool:
+    """Print how far our model and transformers' are apart → whether each figure is in its bound.
+
+    name: what `load_model` takes, but no checkpoint. Errors: ValueError, OSError.
+    """
+    hint = f"{name}: transformers cannot read a checkpoint: name the folder of its run"
+    train_gpt2.require(not name.endswith(".pt"), hint)
+    model, tokenizer = train_gpt2.load_model(name)
+    theirs = load_in_transformers(name)
+    text = Path(train_gpt2.__file__).read_text("utf-8")
+    ids = torch.tensor([tokenizer.encode_ordinary(text)[: model.config.block_size + 1]])
+    a, b = (compute(m, ids[:, :-1], ids[:, 1:]) for m in (model, theirs))
+    apart = torch.stack([(grad - b.grads[key]).abs().max() for key, grad in a.grads.items()])
+    largest = torch.stack([grad.abs().max() for grad in b.grads.values()]).max()
+    differ = sum(x != y for x, y in zip(a.tokens, b.tokens, strict=True))
+    figures = {  # each with its bound
+        "logits": ((a.logits - b.logits).abs().max().item(), 1e-4),
+        "loss, nats per token": (abs(a.loss - b.loss), 1e-5),
+        "gradients, relative to the largest": ((apart.max() / largest).item(), 1e-5),
+        f"greedy tokens that differ, of {len(a.tokens)}": (differ, 0),
+    }
+    passed = {figure: value <= bound for figure, (value, bound) in figures.items()}  # NaN is not
+    print(f"{name}: {ids.size(1) - 1:,} tokens of train_gpt2.py, in fp32 on the CPU")
+    print(f"this program beside transformers {version('transformers')}, loss {a.loss:.4f}\n")
+    print(f"{'':36}{'difference':>12}{'at most':>12}")
+    for figure, (value, bound) in figures.items():
+        print(f"{figure:36}{value:12.3g}{bound:12.3g}  {'ok' if passed[figure] else 'MISSED'}")
+    return all(passed.values())
 
 
 # ---------------------------------------------------------------------------------- Training
@@ -645,18 +733,24 @@ def run(argv: Sequence[str] | None) -> int:
     )
     parser.error = lambda message: train_gpt2.require(False, f"{message} (--help lists all flags)")
     known = ", ".join(SECTIONS)
-    parser.add_argument("names", nargs="*", metavar="section", help=f"{known}")
+    parser.add_argument("names", nargs="*", metavar="section", help=f"{known}; or: diff MODEL")
     parser.add_argument("--long", action="store_true", help="Measure every section.")
     args = parser.parse_args(argv)
+    if "diff" in args.names:
+        is_one = args.names[0] == "diff" and len(args.names) == 2 and not args.long
+        train_gpt2.require(is_one, "diff takes the name of one model: python bench.py diff gpt2")
+        return 0 if print_diff(args.names[1]) else 1
     names = args.names or [name for name in SECTIONS if args.long or name != "long"]
     unknown = [name for name in names if name not in SECTIONS]
-    train_gpt2.require(not unknown, f"no section {', '.join(unknown)}; there are {known}")
+    train_gpt2.require(
+        not unknown, f"no section {', '.join(unknown)}; there are {known}, and diff MODEL"
+    )
     print_table(names)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line → the exit status: 0, 1 after an error, or 130."""
+    """The command line → the exit status: 0, 1 after an error or a large difference, or 130."""
     with contextlib.suppress(AttributeError):  # Jupyter's output cannot do this, and need not
         sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that lacks a character
     try:

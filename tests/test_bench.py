@@ -1,5 +1,6 @@
-"""That bench.py's contenders do the same work, take turns, and fill the table."""
+"""That bench.py's contenders do the same work, take turns, and fill the table; and its diff."""
 
+import math
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ from conftest import offline
 import bench
 import fineweb
 import hellaswag
+import train_gpt2
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, Worker
 
 WORKER = Worker()  # fp32: what is equal is equal to six digits
@@ -220,3 +222,129 @@ def test_all_sections_but_the_long_one_run_unless_named(monkeypatch):
     assert [bench.main(argv) for argv in ([], ["--long"], ["long", "step"])] == [0, 0, 0]
     usual, every, named = chosen
     assert named == ["long", "step"] and every == [*usual, "long"] and len(usual) == 8
+
+
+# ----------------------------------------------------------------------------------- The diff
+
+FIGURES = dict(logits=1e-4, loss=1e-5, gradients=1e-5, greedy=1)  # what is just too much
+
+
+@pytest.fixture(scope="module", params=["ours", "transformers"])
+def folder(request, tokenizer, tmp_path_factory):
+    """A tiny model with its tokenizer, saved by us or by transformers. It has 84 padded rows, and
+    its settings for generation are to sample, and to stop at a token that it often writes."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    if request.param == "ours":
+        GPT(GPTConfig(128, 384, n_layer=2, n_head=2, n_embd=32)).save_pretrained(folder)
+    else:
+        shape = dict(n_positions=128, vocab_size=384, n_layer=2, n_head=2, n_embd=32)
+        model = GPT2LMHeadModel(GPT2Config(**shape, eos_token_id=0, bos_token_id=0))
+        model.generation_config.do_sample = True
+        model.save_pretrained(folder)
+    fineweb.save_tokenizer(tokenizer, folder)
+    return str(folder)
+
+
+def missed(out: str) -> list[str]:
+    """The first words of the figures that are beyond their bound."""
+    return [line.split()[0].strip(",") for line in out.splitlines() if line.endswith("MISSED")]
+
+
+def test_the_same_weights_pass_the_diff(folder, capsys):
+    assert bench.main(["diff", folder]) == 0
+    out = capsys.readouterr().out
+    assert "128 tokens of train_gpt2.py" in out and "greedy tokens that differ, of 64" in out
+    assert out.count("  ok\n") == 4 and not missed(out)
+
+
+@pytest.mark.parametrize("side", ["ours", "transformers"])
+def test_a_weight_that_differs_is_found(side, folder, monkeypatch, capsys):
+    original = dict(ours=train_gpt2.load_model, transformers=bench.load_in_transformers)[side]
+
+    def load_changed(name):
+        loaded = original(name)
+        model = loaded[0] if side == "ours" else loaded
+        with torch.no_grad():
+            model.transformer.h[1].mlp.c_fc.weight[3, 5] += 0.1
+        return loaded
+
+    module, name = (train_gpt2, "load_model") if side == "ours" else (bench, "load_in_transformers")
+    monkeypatch.setattr(module, name, load_changed)
+    assert bench.main(["diff", folder]) == 1
+    assert "logits" in missed(capsys.readouterr().out)
+
+
+def spoil(figure, by, model, monkeypatch):
+    """Make one figure of our model wrong by so much, and leave the other three as they are."""
+    if figure == "logits":  # If all logits grow by the same, no probability changes.
+        model.lm_head.register_forward_hook(lambda layer, args, logits: logits + by)
+    elif figure == "loss":
+        apply = train_gpt2.ChunkedLoss.apply
+        monkeypatch.setattr(train_gpt2.ChunkedLoss, "apply", lambda *args: apply(*args) + by)
+    elif figure == "gradients":
+        wte = model.transformer.wte.weight  # which has the largest gradient
+        wte.register_hook(lambda grad: grad + by * grad.abs().max() * (grad == grad.max()))
+    else:
+        generate = model.generate
+        wrong = lambda *args, **settings: generate(*args, **settings) + int(by)  # noqa: E731
+        monkeypatch.setattr(model, "generate", wrong)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.5])
+@pytest.mark.parametrize("figure", FIGURES)
+def test_each_figure_can_miss_its_bound_alone(figure, share, folder, monkeypatch, capsys):
+    """Half of what is allowed passes, and half as much again does not."""
+    load_model = train_gpt2.load_model
+
+    def load_spoiled(name):
+        model, tokenizer = load_model(name)
+        spoil(figure, share * FIGURES[figure], model, monkeypatch)
+        return model, tokenizer
+
+    monkeypatch.setattr(train_gpt2, "load_model", load_spoiled)
+    assert bench.main(["diff", folder]) == (1 if share > 1 else 0)
+    assert missed(capsys.readouterr().out) == ([figure] if share > 1 else [])
+
+
+def test_numbers_that_are_none_miss_their_bound(folder, monkeypatch, capsys):
+    def load_nan(name, load=bench.load_in_transformers):
+        model = load(name)
+        torch.nn.init.constant_(model.transformer.ln_f.bias, math.nan)
+        return model
+
+    monkeypatch.setattr(bench, "load_in_transformers", load_nan)
+    assert bench.main(["diff", folder]) == 1
+    assert missed(capsys.readouterr().out)[:3] == ["logits", "loss", "gradients"]
+
+
+def test_the_diff_of_a_run_is_that_of_its_best_model(folder, sandbox, capsys):
+    shutil.copytree(folder, sandbox / "run" / "hf")
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copy(sandbox / "run" / "hf" / name, sandbox / "run" / name)
+    assert bench.main(["diff", "run"]) == 0
+
+
+@pytest.mark.parametrize("name", ["nothing/at/all", "empty", "run", "checkpoint_000001.pt"])
+def test_a_name_that_cannot_be_had_is_one_line(name, sandbox, data_dir, capsys):
+    """Our program takes a run that has checkpoints but no hf/, and transformers does not."""
+    for folder in ("empty", "run"):
+        (sandbox / folder).mkdir()
+    for file in ("encoder.json", "vocab.bpe"):
+        shutil.copy(data_dir / file, sandbox / "run" / file)
+    config = dict(block_size=8, vocab_size=384, n_layer=1, n_head=1, n_embd=8)
+    weights = GPT(GPTConfig(**config)).state_dict()
+    train_gpt2.save_checkpoint(sandbox / "run", 1, 1, config=config, model=weights)
+    assert bench.main(["diff", name]) == 1
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ") and output.err.count("\n") == 1 and not output.out
+    assert name in output.err and ("config.json" in output.err or "folder of its run" in output.err)
+
+
+@pytest.mark.parametrize("argv", [["diff"], ["diff", "a", "b"], ["step", "diff"], ["--nonsense"]])
+def test_a_command_that_makes_no_sense_is_one_line(argv, capsys):
+    assert bench.main(argv) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
