@@ -1,5 +1,6 @@
 """That bench.py's contenders do the same work, take turns, and fill the table; and its diff."""
 
+import json
 import math
 import os
 import shutil
@@ -149,6 +150,81 @@ def test_the_last_column_is_the_share_of_ours(capsys):
     assert capsys.readouterr().out == "| speed | 8 |  | 4 |  | 2.00 | 25% |\n"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_on_one_batch_lower_its_loss_and_forget_their_gradients(kind, data, monkeypatch):
+    x = torch.arange(64).view(2, 32)
+    monkeypatch.setattr(bench, "DataLoaderLite", lambda *args: [(x, x + 1)] * 5)
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(bench.nn.utils, "clip_grad_norm_", lambda *a: norms.append(clip(*a).item()))
+    fast, still = TrainConfig(max_lr=1e-2), TrainConfig(max_lr=1e-12)
+    step = bench.make_step(kind, WORKER, data, CONFIG, fast, compiled=False)
+    losses = [step() for _ in range(5)]
+    assert losses == sorted(losses, reverse=True) and losses[4] < losses[0] - 0.5
+    norms.clear()
+    step = bench.make_step(kind, WORKER, data, CONFIG, still, compiled=False)
+    step(), step(), step()
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-3)  # gradients that add up would grow
+
+
+def test_generation_counts_the_tokens_of_all_rows_and_what_the_stride_left_out(tiny, monkeypatch):
+    monkeypatch.setattr(bench, "seconds", lambda work: work() and None or 2.0)
+    ours, plain = (next(bench.generating(kind, WORKER)) for kind in ("ours", "plain"))
+    one, four = f"B=1, {WORKER.dtype}", f"B=4, {WORKER.dtype}"
+    assert (ours[one], ours[four]) == (8 / 2, 4 * 8 / 2)
+    assert (plain[one], plain[four]) == (8 / 2 / 4, 4 * 8 / 2 / 4)  # STRIDE is 4
+
+
+def test_only_one_contender_of_the_quick_recipe_is_compiled(data, tiny, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    monkeypatch.setattr(shutil, "which", lambda program: program)
+    bench.bench_quick(WORKER, data)
+    assert len(compiled) == 1 and capsys.readouterr().out.count("tokens/s") == 2
+
+
+def test_growth_varies_one_axis_at_a_time(data, tiny, monkeypatch, capsys):
+    def training(kind, worker, data, config, cfg):
+        yield dict(rate=1.0, gb=config.n_layer)  # the seconds are then B·T
+
+    monkeypatch.setattr(bench, "training", training)
+    bench.bench_growth(WORKER, data)
+    cells = [row.split(" | ")[1] for row in capsys.readouterr().out.splitlines()]
+    assert cells == [
+        "1.3e+02 s 12 GB, 2.6e+02 s 12 GB, 1e+03 s 12 GB",
+        "2.6e+02 s 12 GB, 5.1e+02 s 12 GB",
+        "2.6e+02 s 6 GB, 2.6e+02 s 12 GB",
+    ]
+
+
+def test_the_long_section_takes_adamws_best_rate_and_a_loss_that_it_reached(data, tiny, capsys):
+    """In the fixture, AdamW's loss falls by rate · seed in each of its 20 steps, Muon's by 0.02."""
+    bench.bench_long(WORKER, data)
+    adamw, muon = capsys.readouterr().out.splitlines()
+    assert adamw.startswith("| to loss 7.920, AdamW at 0.004, of 0.001, 0.002, 0.004 the best rate")
+    assert muon.split(" | ")[1].startswith("5 ± 0 steps, 0.5 ± 0 s")
+
+
+def test_two_processes_are_started_by_torchrun(sandbox, monkeypatch):
+    ran = []
+    monkeypatch.setattr(bench.subprocess, "run", lambda command, **how: ran.append(command))
+    for n in (1, 2):
+        assert bench.run_quick(sandbox, n, max_steps=3) == []
+    alone, two = ran
+    assert "--max_steps=3" in alone and not any("torch.distributed" in word for word in alone)
+    assert {"torch.distributed.run", "--nproc_per_node=2", "--max_steps=3"} <= set(two)
+
+
+def test_the_others_do_without_our_settings_of_the_process(monkeypatch):
+    started = []
+    monkeypatch.setattr(bench.os, "dup2", lambda a, b: None)
+    monkeypatch.setattr(bench, "start_worker", lambda: started.append(name))
+    monkeypatch.setattr(bench, "turns", None, raising=False)
+    for name in ("ours", "transformers", "plain", "our transformers", "our plain"):
+        bench.start_contender(name, clock)
+    assert started == ["ours", "our transformers", "our plain"]
+
+
 def test_a_training_turn_counts_its_tokens_and_not_the_untimed_step(data, monkeypatch):
     steps = []
     monkeypatch.setattr(bench, "make_step", lambda *args: lambda: steps.append(len(steps)))
@@ -231,8 +307,7 @@ FIGURES = dict(logits=1e-4, loss=1e-5, gradients=1e-5, greedy=1)  # what is just
 
 @pytest.fixture(scope="module", params=["ours", "transformers"])
 def folder(request, tokenizer, tmp_path_factory):
-    """A tiny model with its tokenizer, saved by us or by transformers. It has 84 padded rows, and
-    its settings for generation are to sample, and to stop at a token that it often writes."""
+    """A tiny model with its tokenizer, saved by us or by transformers. It has 84 padded rows."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path_factory.mktemp("model")
@@ -241,9 +316,7 @@ def folder(request, tokenizer, tmp_path_factory):
         GPT(GPTConfig(128, 384, n_layer=2, n_head=2, n_embd=32)).save_pretrained(folder)
     else:
         shape = dict(n_positions=128, vocab_size=384, n_layer=2, n_head=2, n_embd=32)
-        model = GPT2LMHeadModel(GPT2Config(**shape, eos_token_id=0, bos_token_id=0))
-        model.generation_config.do_sample = True
-        model.save_pretrained(folder)
+        GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(folder)
     fineweb.save_tokenizer(tokenizer, folder)
     return str(folder)
 
@@ -279,8 +352,10 @@ def test_a_weight_that_differs_is_found(side, folder, monkeypatch, capsys):
 
 def spoil(figure, by, model, monkeypatch):
     """Make one figure of our model wrong by so much, and leave the other three as they are."""
-    if figure == "logits":  # If all logits grow by the same, no probability changes.
-        model.lm_head.register_forward_hook(lambda layer, args, logits: logits + by)
+    if figure == "logits":  # One is enough. The loss on a CPU does not go through lm_head.
+        one = torch.zeros(384)
+        one[383] = by
+        model.lm_head.register_forward_hook(lambda layer, args, logits: logits + one)
     elif figure == "loss":
         apply = train_gpt2.ChunkedLoss.apply
         monkeypatch.setattr(train_gpt2.ChunkedLoss, "apply", lambda *args: apply(*args) + by)
@@ -318,6 +393,14 @@ def test_numbers_that_are_none_miss_their_bound(folder, monkeypatch, capsys):
     monkeypatch.setattr(bench, "load_in_transformers", load_nan)
     assert bench.main(["diff", folder]) == 1
     assert missed(capsys.readouterr().out)[:3] == ["logits", "loss", "gradients"]
+
+
+def test_settings_for_generation_that_came_with_the_weights_are_not_used(folder, sandbox):
+    """These would sample, avoid what was written, and stop after any token."""
+    shutil.copytree(folder, "copy")
+    settings = dict(do_sample=True, repetition_penalty=3.0, eos_token_id=list(range(384)))
+    (sandbox / "copy" / "generation_config.json").write_text(json.dumps(settings))
+    assert bench.main(["diff", "copy"]) == 0
 
 
 def test_the_diff_of_a_run_is_that_of_its_best_model(folder, sandbox, capsys):
