@@ -1,19 +1,17 @@
-"""Text to token shards: FineWeb-Edu, text of your own, or the corpus that every Python comes with.
+"""Text becomes token shards: FineWeb-Edu, text of your own, or the corpus that every Python has.
 
     python fineweb.py                          FineWeb-Edu's 10B-token sample, into edu_fineweb10B
     python fineweb.py --max_tokens 1e9         only its first billion tokens
     python fineweb.py --input my.txt notes.jsonl pages/ --out_dir data/mine
     python fineweb.py --input my.txt --tokenizer train:8192 --out_dir data/mine
     python fineweb.py --stdlib                 Python's standard library, into data/stdlib
-    python fineweb.py --inspect data/mine      what is in there, and is it whole?
+    python fineweb.py --inspect data/mine      show what is there, and check that it is whole
 
-A shard is a plain one-dimensional .npy file of uint16 token ids. Each document in it stands behind
-an `<|endoftext|>`, from which a model learns that a new text begins. Stopped at any moment and
-started again with the same arguments, this goes on after the last whole shard, and ends with the
-same bytes as if it had never been stopped.
+A shard is a one-dimensional .npy file of token ids, each a uint16. In front of every document
+stands the token <|endoftext|>, from which a model learns that a new text begins.
 
-Sections: tokenizers; files; reading; training or validation; batches; shards; a data directory;
-three corpora; the command line.
+The program may be stopped at any moment. Started again with the same arguments, it goes on after
+the last whole shard, and the files at the end are the same as if it had never been stopped.
 """
 
 from __future__ import annotations
@@ -44,10 +42,13 @@ import tiktoken
 
 EOT = "<|endoftext|>"
 FINEWEB = "HuggingFaceFW/fineweb-edu"
+SAMPLES = {"sample-10BT": 10**10, "sample-100BT": 10**11, "sample-350BT": 35 * 10**10}  # tokens
 SHARD_TOKENS = 100_000_000
-BATCH_CHARS = 1 << 18  # a worker gets about so much text at a time: 20 ms of work
-TOKENIZER_BYTES = 100_000_000  # of text, to train a tokenizer on: more would hardly change it
-TABLES = (".jsonl", ".jsonl.gz", ".parquet")  # files with a document a line or row
+BATCH_CHARS = 1 << 18  # characters that a worker encodes at a time, which takes it about 20 ms
+TOKENIZER_BYTES = (
+    100_000_000  # A tokenizer is trained on so much text. More would hardly change it.
+)
+TABLES = (".jsonl", ".jsonl.gz", ".parquet")  # Each line or row of these files is a document.
 KINDS = (".txt", *TABLES)
 # Folders of the standard library that hold tests, tables and other people's code.
 NOT_CORPUS = set(
@@ -55,28 +56,29 @@ NOT_CORPUS = set(
 )
 
 # ---------------------------------------------------------------------------------- Tokenizers
-# Byte-pair encoding starts from the 256 bytes, so that it can write any text, and has a list of
-# merges, each of which makes one new token of two that often stand side by side. Ids are ranks: the
-# bytes, the merges in the order in which they were learned, and last <|endoftext|>.
+# Byte-pair encoding (BPE) starts from the 256 bytes, so it can write any text. It has a list of
+# merges. Each merge makes a new token of two tokens that often stand side by side. The ids are the
+# bytes first, then the merges in the order in which they were learned, and <|endoftext|> last.
 
-# GPT-2 first cuts text into words, across which nothing merges: English contractions; letters,
-# digits or signs, each with the space in front of them; other white space. (`++` is `+` that never
-# gives back what it took: the same cuts here, found faster.)
+# GPT-2 first cuts a text into words, and merges only within a word. A word is the end of an English
+# contraction, a run of letters, of digits or of signs, each with the space in front of it, or a run
+# of white space. (A `++` never gives back what it took. The cuts are the same, found faster.)
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-# OpenAI's files spell a byte as a visible character: its own where it has one, else the next from
-# 256 on ("Ġ" is the space). Ids begin with those that have their own: 0 is "!".
+# OpenAI's files spell each byte as a visible character. A byte that is a visible character of
+# Latin-1 stands for itself. The others, in order, are spelled as the characters from 256 on, so the
+# space is "Ġ". The bytes that stand for themselves have the first ids: "!" is 0.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = VISIBLE + [b for b in range(256) if b not in VISIBLE]
 CHARS = [chr(b) for b in VISIBLE] + [chr(256 + i) for i in range(256 - len(VISIBLE))]
 CHAR_OF, BYTE_OF = dict(zip(BYTES, CHARS, strict=True)), dict(zip(CHARS, BYTES, strict=True))
 
-
-OPENAI_FILES, HF_FILES = ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")  # same formats
+# OpenAI and Hugging Face write the same two files under different names.
+OPENAI_FILES, HF_FILES = ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")
 
 
 def make_encoding(merged: Iterable[str]) -> tiktoken.Encoding:
-    """GPT-2's tokenizer, but with these tokens, spelled as in OpenAI's files, for its merges."""
+    """A tokenizer like GPT-2's with these merged tokens, spelled as in OpenAI's files."""
     ranks = {bytes([b]): i for i, b in enumerate(BYTES)}
     for token in merged:
         ranks.setdefault(bytes(BYTE_OF[char] for char in token), len(ranks))
@@ -84,17 +86,16 @@ def make_encoding(merged: Iterable[str]) -> tiktoken.Encoding:
     return tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
-def spell(enc: tiktoken.Encoding) -> dict[str, int]:
+def token_ids(enc: tiktoken.Encoding) -> dict[str, int]:
     """The id of each token, spelled as in OpenAI's encoder.json."""
     tokens = map(enc.decode_single_token_bytes, range(enc.n_vocab))
-    spelled = ["".join(CHAR_OF[b] for b in token) for token in tokens]
-    return {token: i for i, token in enumerate(spelled)}
+    return {"".join(CHAR_OF[b] for b in token): i for i, token in enumerate(tokens)}
 
 
 def load_tokenizer(folder: str | Path | None = None) -> tiktoken.Encoding:
-    """The folder's own tokenizer, under OpenAI's file names or Hugging Face's, else GPT-2's.
+    """The tokenizer whose files lie in the folder. Without any it is GPT-2's.
 
-    Errors: ValueError where the two files make no tokenizer, OSError where GPT-2's is out of reach.
+    Errors: ValueError where the files make no tokenizer, OSError where GPT-2's is out of reach.
     """
     pairs = [[Path(folder or "") / name for name in names] for names in (OPENAI_FILES, HF_FILES)]
     encoder, merges = next((pair for pair in pairs if any(p.exists() for p in pair)), pairs[0])
@@ -107,29 +108,27 @@ def load_tokenizer(folder: str | Path | None = None) -> tiktoken.Encoding:
                 " TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache from a machine that has network,"
                 " or train one of your own (--tokenizer train:8192)"
             ) from e
-    try:
-        # tiktoken's reader of these files remembers them by path, and once a tokenizer has been
-        # trained anew it would give back the old one.
-        lines = merges.read_text("utf-8").split("\n")[1:]  # the first says "#version: 0.2"
+    with reading(f"{encoder} and {merges.name} make no tokenizer"):
+        # tiktoken has a reader for these files, but it remembers them by path. After a tokenizer
+        # has been trained anew, it would return the old one.
+        lines = merges.read_text("utf-8").split("\n")[1:]  # The first line says "#version: 0.2".
         enc = make_encoding(line.replace(" ", "") for line in lines if line)
-        if json.loads(encoder.read_text("utf-8")) != spell(enc):
+        if json.loads(encoder.read_text("utf-8")) != token_ids(enc):
             raise ValueError("their ids differ")
-    except (OSError, ValueError, KeyError, RecursionError) as e:
-        raise ValueError(f"{encoder} and {merges.name} make no tokenizer: {e}") from e
     return enc
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
-    """A byte-level BPE of vocab_size tokens, `<|endoftext|>` the last of them, learned from texts.
+    """A byte-level BPE of vocab_size tokens that is learned from texts. <|endoftext|> is the last.
 
-    Errors: ValueError where vocab_size is no size for one, or more than the texts have merges for.
+    Errors: ValueError where there can be no such size, or where the texts have too few merges.
     """
     if not 257 <= vocab_size <= 65536:
         raise ValueError(f"a tokenizer has 257 (bytes, {EOT}) to 65536 tokens: not {vocab_size}")
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # cuts by PATTERN
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # It cuts by PATTERN.
     alphabet, size = pre_tokenizers.ByteLevel.alphabet(), vocab_size - 1
     bpe.train_from_iterator(
         texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
@@ -143,12 +142,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
 def save_tokenizer(
     enc: tiktoken.Encoding, folder: str | Path, names: tuple[str, str] = OPENAI_FILES
 ) -> None:
-    """Write the two files in which OpenAI released GPT-2's. Errors: OSError."""
-    ids = spell(enc)
+    """Write the two files in which OpenAI released GPT-2's tokenizer. Errors: OSError."""
+    ids = token_ids(enc)
     lines = ["#version: 0.2"]
     for token, i in ids.items():
-        # tiktoken has ranks only. What a token was merged from is what the merges before its own
-        # make of its bytes; of the pairs possible, the one of lowest rank is always merged first.
+        # tiktoken does not keep which two parts a token was merged from. They are what the earlier
+        # merges leave of the token's bytes. Of the possible merges, the earliest always goes first.
         parts = list(token)
         while len(parts) > 2:
             ranks = [ids.get(a + b, len(ids)) for a, b in zip(parts, parts[1:], strict=False)]
@@ -172,9 +171,10 @@ def save_hf_tokenizer(enc: tiktoken.Encoding, folder: str | Path, block_size: in
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that has its name only once it is whole: temporary name, flush, rename.
+    """A file to write to, which gets its name only when it is whole.
 
-    Errors: OSError where there is no room or no permission; no part of the file is left then.
+    It is written under a temporary name, flushed to the disk, and then renamed.
+    Errors: OSError where there is no room or no permission. No part of the file is left then.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -183,12 +183,10 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save makes a RuntimeError of a full disk
-        cause = e if isinstance(e, OSError) else e.__context__
-        reason = getattr(cause, "strerror", None) or e
-        raise OSError(f"cannot write {path} ({reason}): mend that, run the same again") from e
+    except OSError as e:
+        raise OSError(f"cannot write {path} ({e.strerror or e}): mend that, run it again") from e
     finally:
-        with suppress(OSError):  # as a rule it has been renamed
+        with suppress(OSError):  # After a success there is no temporary file any more.
             temporary.unlink()
 
 
@@ -201,29 +199,29 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_file(path, json.dumps(values, indent=2).encode(), b"\n")
 
 
-# ------------------------------------------------------------------------------------- Reading
-# A source has parts, each of which can be read without those before it. A part has documents, with
-# the split they are for. A document is a function that gives its text block by block: not every
-# text fits into memory.
-
-Document = Callable[[], Iterable[str]]
-Part = Callable[[], Iterator[tuple[str, Document]]]
-
-
 @contextmanager
 def reading(what: object, way_out: str = "") -> Iterator[None]:
-    """Say what could not be read, and why."""
+    """Make a ValueError of whatever goes wrong inside. It says what was read, and the reason."""
     try:
         yield
-    except Exception as e:  # files and networks fail in the ways of a dozen libraries
+    except Exception as e:  # Files and networks fail in the ways of a dozen libraries.
         reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
         way_out = way_out or " (convert it to UTF-8)" * isinstance(e, UnicodeError)
         raise ValueError(f"{what}: {reason}{way_out}") from e
 
 
+# ------------------------------------------------------------------------------------- Reading
+# A source consists of parts, and each part can be read without those before it. A part gives its
+# documents, each with the split that it is for. A document is a function, because not every text
+# fits into memory: each call reads the text again, and gives it block by block.
+
+Document = Callable[[], Iterable[str]]
+Part = Callable[[], Iterator[tuple[str, Document]]]
+
+
 @dataclass
 class Corpus:
-    """Text in local files. A file is a document, unless it is one of TABLES."""
+    """Text in local files. Each row of a table is a document, and each other file is one."""
 
     prefix: str  # of the shards' names
     files: list[Path]
@@ -231,8 +229,7 @@ class Corpus:
     text_field: str = "text"
     skip_bad_lines: bool = False
     skipped: Counter[str] = field(default_factory=Counter)
-    size_before: int = 0  # bytes of the files before the open one
-    file: BinaryIO | None = None
+    expected_tokens = None  # Nobody knows it before everything is encoded.
 
     def parts(self) -> list[Part]:
         split = make_splitter(self.documents(), self.val_fraction)
@@ -240,44 +237,39 @@ class Corpus:
 
     def documents(self) -> Iterator[Document]:
         self.skipped.clear()
-        self.size_before = 0
         for path in self.files:
-            size = path.stat().st_size
             if path.name.endswith(TABLES):
-                texts = self.rows(path)
-            elif size <= 16 * BATCH_CHARS:
-                texts = ["".join(self.blocks(path))]
+                documents = (partial(iter, [text]) for text in self.texts(path))
+            elif path.stat().st_size <= 16 * BATCH_CHARS:
+                documents = [partial(iter, ["".join(self.blocks(path))])]
             else:
-                texts = []
-                yield partial(self.blocks, path)
-            for text in texts:
-                if text:
-                    yield partial(iter, [text])
+                documents = [partial(self.blocks, path)]
+            for document in documents:
+                if any(document()):
+                    yield document
                 else:
                     self.skipped["empty documents"] += 1
-            self.size_before += size
 
     def blocks(self, path: Path) -> Iterator[str]:
-        """The text of a file, piece by piece, and as it is: newline="" leaves \\r\\n alone."""
-        with reading(path), path.open("rb") as self.file:
-            text = io.TextIOWrapper(self.file, "utf-8", newline="")
-            while block := text.read(BATCH_CHARS):
+        """The text of a file, block by block. With newline="" its line ends stay as they are."""
+        with reading(path), path.open(encoding="utf-8", newline="") as file:
+            while block := file.read(BATCH_CHARS):
                 yield block
 
-    def rows(self, path: Path) -> Iterator[str | None]:
-        """The texts in a file that is one of TABLES."""
-        with reading(path), path.open("rb") as self.file:
+    def texts(self, path: Path) -> Iterator[str | None]:
+        """The texts in a table."""
+        with reading(path), path.open("rb") as file:
             if path.suffix == ".parquet":
                 import pyarrow.parquet
 
-                table = pyarrow.parquet.ParquetFile(self.file)
+                table = pyarrow.parquet.ParquetFile(file)
                 if self.text_field not in (names := table.schema_arrow.names):
                     raise ValueError(f"no {self.text_field!r} (see --text_field) among {names}")
-                for group in range(table.num_row_groups):  # else pyarrow holds on to all of them
+                for group in range(table.num_row_groups):  # All at once would all stay in memory.
                     for rows in table.iter_batches(256, [group], [self.text_field]):
                         yield from rows.column(self.text_field).cast("string").to_pylist()
                 return
-            for i, line in enumerate(gzip.open(self.file) if path.suffix == ".gz" else self.file):
+            for i, line in enumerate(gzip.open(file) if path.suffix == ".gz" else file):
                 try:
                     if line.strip():
                         yield text_of_line(line, self.text_field)
@@ -286,17 +278,12 @@ class Corpus:
                         raise ValueError(f"line {i + 1} {e} (or --skip_bad_lines)") from e
                     self.skipped["bad lines"] += 1
 
-    def expected_tokens(self, tokens: int) -> int:
-        """In the whole corpus, if so many are in what has been read."""
-        read = self.size_before + (0 if self.file.closed else self.file.tell())
-        return round(tokens * sum(path.stat().st_size for path in self.files) / read)
-
 
 def text_of_line(line: bytes, text_field: str) -> str:
     """The text in a line of JSON. Errors: ValueError."""
     try:
         text = json.loads(line.decode())[text_field]
-        text.encode()  # JSON can spell half of a surrogate pair, which is no character
+        text.encode()  # JSON can spell half of a surrogate pair, which is no character.
         return text
     except UnicodeError as e:
         raise ValueError(f"is not UTF-8: {e.reason}") from e
@@ -308,10 +295,10 @@ def text_of_line(line: bytes, text_field: str) -> str:
 
 @dataclass
 class FineWeb:
-    """A sample of FineWeb-Edu, streamed from Hugging Face's hub. Its files are its parts."""
+    """A sample of FineWeb-Edu, streamed from Hugging Face's hub. Each of its files is a part."""
 
     sample: str
-    max_tokens: int | None
+    expected_tokens: int | None
     prefix = "edufineweb"
     skipped = Counter()
 
@@ -325,7 +312,7 @@ class FineWeb:
 
             options = dict(split="train", streaming=True, columns=["text"])
             data = datasets.load_dataset(FINEWEB, self.sample, **options)
-            data = data.with_format("arrow")  # row by row, reading would be slower than encoding
+            data = data.with_format("arrow")  # Row by row, reading would be slower than encoding.
             n = data.num_shards
             return [partial(self.documents, data.shard(n, i)) for i in range(n)]
 
@@ -333,19 +320,16 @@ class FineWeb:
         with self.reading():
             for rows in data.iter(batch_size=256):
                 for text in rows["text"].to_pylist():
-                    yield "train", partial(iter, [text or ""])  # validation is the first shard
-
-    def expected_tokens(self, tokens: int) -> int | None:
-        billions = re.fullmatch(r"sample-(\d+)BT", self.sample)
-        return self.max_tokens or (int(billions[1]) * 10**9 if billions else None)
+                    yield "train", partial(iter, [text or ""])  # The first shard is validation.
 
 
 # ---------------------------------------------------------------------- Training or validation
-# Which of them a document is goes by its text, so neither order nor machine matter.
+# The text of a document decides which split it is for. So the split is the same on every machine,
+# and it does not change when other documents are added or when their order changes.
 
 
 def digest(document: Document) -> tuple[int, int]:
-    """SHA-256 of a document's text, as a number, and its length in characters."""
+    """The SHA-256 of a document's text, as a number, and its length in characters."""
     sha, length = hashlib.sha256(), 0
     for block in document():
         sha.update(block.encode())
@@ -363,19 +347,22 @@ def excerpt(document: Document, start: int, stop: int) -> Iterator[str]:
 def make_splitter(
     documents: Iterable[Document], val_fraction: float
 ) -> Callable[[Document], list[tuple[str, Document]]]:
-    """A val_fraction of the documents is validation, by their hash, but at least one and not all.
+    """A function that gives a document with its split.
 
-    Reads no further than to the first of each kind. A corpus that is one text is split by position,
-    its end being validation. Errors: ValueError where there is no text.
+    The fraction is numerator / denominator. A document is for validation if its hash, modulo the
+    denominator, is below the numerator. That may hold for no document or for all of them. Then the
+    bound moves so far that one document changes sides. Documents are read until each side has one.
+    If all documents are the same text, the end of each is for validation.
+    Errors: ValueError where there is no text.
     """
-    limit, modulus = Fraction(str(val_fraction)).as_integer_ratio()
-    bound = (limit, 0)  # below it is validation
+    numerator, denominator = Fraction(str(val_fraction)).as_integer_ratio()
+    bound = (numerator, 0)
 
     def key(document: Document) -> tuple[int, int]:
         number = digest(document)[0]
-        return number % modulus, number
+        return number % denominator, number
 
-    low, high, last = (modulus, 0), (-1, 0), None
+    low, high, last = (denominator, 0), (-1, 0), None
     for last in documents:
         value = key(last)
         low, high = min(low, value), max(high, value)
@@ -397,18 +384,19 @@ def make_splitter(
 
 
 # ------------------------------------------------------------------------------------- Batches
-# The unit of work, and of going on. Batches depend on nothing but the source.
+# Text is encoded in batches, several at a time. Which text is in which batch depends on nothing but
+# the source. So a batch's place is enough to go on from, whatever the number of workers.
 
-
-Piece = tuple[str, str, str]  # split, EOT if it is the start of a document (else ""), text
-Batch = tuple[list[int], list[Piece]]  # place: which part of the source, which batch of it
+Piece = tuple[str, str]  # EOT in front of a document's first piece (else ""), and the text
+Batch = tuple[list[int], dict[str, list[Piece]]]  # its place (part, number), its pieces by split
 
 
 def cut_text(blocks: Iterable[str]) -> Iterator[str]:
     """A text of any length in pieces of up to BATCH_CHARS characters.
 
-    They end where a word does and white space follows. PATTERN cuts there too, so the tokens are
-    those of the whole. (A text with no such place in BATCH_CHARS characters is cut nevertheless.)
+    A piece ends where a word does and white space follows. PATTERN cuts there as well, so the
+    tokens are those of the whole text. (Where BATCH_CHARS characters have no such place, the text
+    is cut all the same.)
     """
     rest = ""
     for block in blocks:
@@ -428,32 +416,30 @@ def cut_text(blocks: Iterable[str]) -> Iterator[str]:
 def make_batches(parts: list[Part], first_part: int) -> Iterator[Batch]:
     """The text of a source, from one of its parts on."""
     for part in range(first_part, len(parts)):
-        number, pieces, size = 0, [], 0
+        number, pieces, size = 0, {}, 0
         for split, document in parts[part]():
             mark = EOT
             for text in cut_text(document()):
-                pieces.append((split, mark, text))
-                mark, size = "", size + len(text) + 100  # short texts have their price too
+                pieces.setdefault(split, []).append((mark, text))
+                mark, size = "", size + len(text) + 100  # A short text takes its time, too.
                 if size >= BATCH_CHARS:
                     yield [part, number], pieces
-                    number, pieces, size = number + 1, [], 0
+                    number, pieces, size = number + 1, {}, 0
         if pieces:
             yield [part, number], pieces
 
 
-def encode(enc: tiktoken.Encoding, pieces: list[tuple[str, str]]) -> np.ndarray:
-    """The ids, uint16, of texts with their marks; an `<|endoftext|>` in a text is ordinary text."""
+def encode(enc: tiktoken.Encoding, pieces: list[Piece]) -> np.ndarray:
+    """The ids of (mark, text) pairs, uint16. A text that spells <|endoftext|> stays a text."""
     joined = "".join(mark + text for mark, text in pieces)
     if joined.count(EOT) == sum(mark == EOT for mark, _ in pieces):
-        # One long call, for which tiktoken lets go of the interpreter: threads are all it takes to
-        # keep every core busy, and no text has to be sent to other processes.
+        # During this one long call tiktoken releases the interpreter. So threads can keep every
+        # core busy, and no text has to be sent to other processes.
         ids = enc.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=())
-    else:  # a text spells the mark out
-        ids = np.concatenate([
-            part for mark, text in pieces for part in (
-                enc.encode_to_numpy(mark, allowed_special={EOT}),
-                enc.encode_to_numpy(text, disallowed_special=()),
-            )
+    else:  # A text spells the mark out, so marks and texts are encoded one by one.
+        ids = np.array([
+            i for mark, text in pieces
+            for i in (*enc.encode(mark, allowed_special={EOT}), *enc.encode_ordinary(text))
         ])  # fmt: skip
     return ids.astype("<u2")
 
@@ -461,42 +447,38 @@ def encode(enc: tiktoken.Encoding, pieces: list[tuple[str, str]]) -> np.ndarray:
 def encode_batches(
     enc: tiktoken.Encoding, batches: Iterable[Batch], workers: int
 ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
-    """Place and ids, by split, of each batch in order; a bounded number is being worked on."""
+    """The place of each batch and its ids by split, in order. Few batches are in memory at once."""
 
     def work(batch: Batch) -> tuple[list[int], dict[str, np.ndarray]]:
         place, pieces = batch
-        by_split: dict[str, list[tuple[str, str]]] = {}
-        for split, mark, text in pieces:
-            by_split.setdefault(split, []).append((mark, text))
-        return place, {split: encode(enc, by_split[split]) for split in by_split}
+        return place, {split: encode(enc, pieces[split]) for split in pieces}
 
     pending: deque = deque()
-    pool = ThreadPoolExecutor(workers)
-    try:
+    with ThreadPoolExecutor(workers) as pool:
         for batch in batches:
             pending.append(pool.submit(work, batch))
             if len(pending) == 16 * workers:  # enough to do while a shard is being written
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # -------------------------------------------------------------------------------------- Shards
+# A stream is a row of shards, which are filled one after the other. Own text has two streams, one
+# for each split. FineWeb-Edu has one, whose first shard is validation.
 
-Layout = Callable[[int], tuple[str, int]]  # which split shard n is of, and its size in tokens
+Layout = Callable[[int], tuple[str, int]]  # the split of a stream's shard n, and its size in tokens
 
 
 def token_lengths(enc: tiktoken.Encoding) -> np.ndarray:
-    """The bytes of text that each token stands for; 0 for `<|endoftext|>` alone."""
+    """The bytes of text that each token stands for, (n_vocab,). Only <|endoftext|> has 0."""
     lengths = [len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)]
     lengths[enc.eot_token] = 0
     return np.array(lengths)
 
 
 def count(ids: np.ndarray, lengths: np.ndarray) -> Counter[str]:
-    """Tokens, bytes of text and documents, which are counted by their `<|endoftext|>`."""
+    """The number of tokens, of bytes of text, and of documents (that is, of <|endoftext|>)."""
     lengths = lengths[ids]
     documents = len(ids) - int(np.count_nonzero(lengths))
     return Counter(tokens=len(ids), bytes=int(lengths.sum()), documents=documents)
@@ -504,22 +486,23 @@ def count(ids: np.ndarray, lengths: np.ndarray) -> Counter[str]:
 
 @dataclass
 class ShardWriter:
-    """Makes shards of tokens as they come. What is recorded is what is in whole shards."""
+    """Writes the shards of a stream as its tokens come."""
 
     path: Path  # of the shards, up to their split
     layout: Layout
-    totals: dict[str, Counter[str]]  # recorded, by split
-    position: dict[str, Any]  # recorded: the first token that is not in a whole shard
+    # These two are parts of progress.json, and describe whole shards only.
+    totals: dict[str, Counter[str]]  # what they hold, by split
+    position: dict[str, Any]  # which shard is next, and the place of its first token
     lengths: np.ndarray
-    chunks: list[np.ndarray] = field(default_factory=list)  # of the next shard
-    counts: Counter[str] = field(default_factory=Counter)  # in these
+    chunks: list[np.ndarray] = field(default_factory=list)  # tokens of the next shard
+    counts: Counter[str] = field(default_factory=Counter)  # of what is in the chunks
 
     def room(self) -> int:
-        """Tokens that the next shard is short of; 0 where there is none to come."""
+        """How many tokens the next shard still needs. 0 means that there is no next shard."""
         return self.layout(self.position["shard"])[1] - self.counts["tokens"]
 
     def add(self, place: list[int], ids: np.ndarray) -> bool:
-        """Take a batch's tokens; True where a shard became whole."""
+        """Take the tokens of a batch. Returns whether a shard became whole."""
         shard = self.position["shard"]
         start = self.position["offset"] if place == self.position["place"] else 0
         while start < len(ids) and self.room():
@@ -535,11 +518,12 @@ class ShardWriter:
     def flush(self) -> None:
         """Write what there is as a shard."""
         if self.chunks:
-            (split, _), header = self.layout(self.position["shard"]), io.BytesIO()
+            split, _ = self.layout(self.position["shard"])
             array = {"descr": "<u2", "fortran_order": False, "shape": (self.counts["tokens"],)}
-            np.lib.format.write_array_header_1_0(header, array)
             name = f"{self.path.name}_{split}_{self.position['shard']:06d}.npy"
-            write_file(self.path.with_name(name), header.getvalue(), *self.chunks)
+            with whole_file(self.path.with_name(name)) as file:
+                np.lib.format.write_array_header_1_0(file, array)
+                file.writelines(self.chunks)
             self.totals[split] = self.totals[split] + self.counts + Counter(shards=1)
             self.position["shard"] += 1
             self.chunks, self.counts = [], Counter()
@@ -549,7 +533,7 @@ def write_shards(
     path: Path, enc: tiktoken.Encoding, source: Corpus | FineWeb, parts: list[Part],
     layouts: dict[str, Layout], record: dict[str, Any], workers: int,
 ) -> None:  # fmt: skip
-    """Encode and write what is not in whole shards yet, and record each shard."""
+    """Encode what is not in whole shards yet, write it, and record each whole shard."""
     from tqdm import tqdm
 
     totals, positions, lengths = record["splits"], record["positions"], token_lengths(enc)
@@ -562,52 +546,25 @@ def write_shards(
         for place, pieces in make_batches(parts, first_part):
             unfinished = [name for name in writers if writers[name].room()]
             wanting = [name for name in unfinished if place >= positions[name]["place"]]
-            if pieces := [piece for piece in pieces if piece[0] in wanting]:
-                yield place, pieces
+            if wanted := {split: pieces[split] for split in pieces if split in wanting}:
+                yield place, wanted
             elif not unfinished:
                 return
 
     done = sum(total["tokens"] for total in totals.values())
-    with tqdm(unit="tok", unit_scale=True, initial=done, disable=None) as bar:
+    total = source.expected_tokens
+    with tqdm(total=total, initial=done, unit="tok", unit_scale=True, disable=None) as bar:
         for place, ids_by_split in encode_batches(enc, unwritten(), workers):
             for name, ids in ids_by_split.items():
                 if writers[name].add(place, ids):
                     write_json(path.with_name("progress.json"), record)
                 bar.update(len(ids))
-            bar.total = source.expected_tokens(bar.n)
     for writer in writers.values():
         writer.flush()
 
 
-def open_shards(data_dir: str | Path, split: str) -> list[tuple[Path, np.ndarray]]:
-    """A split's shards, by name, memory-mapped. Errors: ValueError where something is wrong.
-
-    Whatever has the split in its name is a shard of it, so those of other programs work as well.
-    """
-    data_dir, shards = Path(data_dir), []
-    if not data_dir.is_dir():
-        raise ValueError(f"{data_dir}: no such folder (python fineweb.py --help: how to make one)")
-    if (data_dir / "progress.json").exists() and not (data_dir / "meta.json").exists():
-        raise ValueError(
-            f"{data_dir} is unfinished: run the fineweb.py command again that began it"
-        )
-    for path in sorted(data_dir.glob("*.npy")):
-        if not re.match(rf"(.*_)?{split}_", path.name):
-            continue
-        with reading(path, "; it is no shard, or damaged: make it again"):
-            ids = np.load(path, mmap_mode="r")
-            if ids.dtype != np.uint16 or ids.ndim != 1:
-                raise ValueError(f"has {ids.dtype} of shape {ids.shape}, not a row of uint16")
-            if path.stat().st_size != ids.offset + ids.nbytes:
-                raise ValueError("is longer than it says")
-        shards.append((path, ids))
-    if not shards:
-        raise ValueError(f"{data_dir} has no shards for {split} (*_{split}_*.npy)")
-    return shards
-
-
 # --------------------------------------------------------------------------- A data directory
-# progress.json says how far it is, meta.json that it is finished.
+# progress.json says how far the directory is. meta.json is written last, when it is finished.
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -627,7 +584,10 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def open_record(out_dir: Path, arguments: dict[str, Any], streams: Iterable[str]) -> dict[str, Any]:
-    """The directory's record, or a new one. Errors: ValueError where it is of other arguments."""
+    """The directory's record, or a new one. Only an unfinished directory's has positions.
+
+    Errors: ValueError where the directory was made with other arguments or by another program.
+    """
     for path in (out_dir / "meta.json", out_dir / "progress.json"):
         if path.exists():
             record = read_record(path)
@@ -664,16 +624,16 @@ def prepare(
     out_dir: str | Path, source: Corpus | FineWeb, layouts: dict[str, Layout],
     arguments: dict[str, Any], workers: int | None,
 ) -> bool:  # fmt: skip
-    """Make a data directory, or go on with it. False where it was finished before."""
+    """Make a data directory, or go on with it. Returns False where it was finished before."""
     vocabulary = re.fullmatch(r"gpt2|train:(\d+)", arguments["tokenizer"])
     if not vocabulary:
         raise ValueError(f"--tokenizer is gpt2 or train:N: not {arguments['tokenizer']}")
     out_dir = Path(out_dir)
     record = open_record(out_dir, arguments, layouts)
     if "positions" not in record:
-        (out_dir / "progress.json").unlink(missing_ok=True)  # it was stopped just before that
+        (out_dir / "progress.json").unlink(missing_ok=True)  # It may have been stopped before that.
         return False
-    # What is wrong with the arguments shows before anything is written.
+    # Everything that can be wrong with the arguments shows before the first file is written.
     parts, trained = source.parts(), None
     if vocabulary[1] and not (out_dir / "vocab.bpe").exists():  # the second of its two files
         print(f"{out_dir}: training a tokenizer of {vocabulary[1]} tokens", flush=True)
@@ -698,6 +658,34 @@ def prepare(
     write_json(out_dir / "meta.json", record)
     (out_dir / "progress.json").unlink()
     return True
+
+
+def open_shards(data_dir: str | Path, split: str) -> list[tuple[Path, np.ndarray]]:
+    """The shards of a split, memory-mapped, in the order of their names.
+
+    Every file whose name contains the split is a shard of it. So the shards of other programs can
+    be read as well. Errors: ValueError where something is wrong.
+    """
+    data_dir, shards = Path(data_dir), []
+    if not data_dir.is_dir():
+        raise ValueError(f"{data_dir}: no such folder (python fineweb.py --help: how to make one)")
+    if (data_dir / "progress.json").exists() and not (data_dir / "meta.json").exists():
+        raise ValueError(
+            f"{data_dir} is unfinished: run the fineweb.py command again that began it"
+        )
+    for path in sorted(data_dir.glob("*.npy")):
+        if not re.match(rf"(.*_)?{split}_", path.name):
+            continue
+        with reading(path, "; it is no shard, or damaged: make it again"):
+            ids = np.load(path, mmap_mode="r")
+            if ids.dtype != np.uint16 or ids.ndim != 1:
+                raise ValueError(f"has {ids.dtype} of shape {ids.shape}, not a row of uint16")
+            if path.stat().st_size != ids.offset + ids.nbytes:
+                raise ValueError("is longer than it says")
+        shards.append((path, ids))
+    if not shards:
+        raise ValueError(f"{data_dir} has no shards for {split} (*_{split}_*.npy)")
+    return shards
 
 
 def inspect_shards(data_dir: str | Path) -> None:
@@ -728,25 +716,25 @@ def inspect_shards(data_dir: str | Path) -> None:
 # --------------------------------------------------------------------------- The three corpora
 
 
-def side_by_side(shard_tokens: int) -> dict[str, Layout]:
+def stream_per_split(shard_tokens: int) -> dict[str, Layout]:
     return {split: lambda _, split=split: (split, shard_tokens) for split in ("train", "val")}
 
 
 def prepare_stdlib(
     out_dir: str | Path = "data/stdlib", vocab_size: int = 4096, workers: int | None = None
 ) -> bool:
-    """Make the quick recipe's data of Python's own standard library: 10 MB of English and Python.
+    """Make the quick recipe's data of Python's own standard library, 10 MB of English and Python.
 
-    Returns False, having done nothing, where it is there already. Errors: ValueError, OSError.
+    Returns False where the data is finished already. Errors: ValueError, OSError.
     """
     root, files = Path(sysconfig.get_paths()["stdlib"]), []
     for folder, folders, names in os.walk(root):
-        folders[:] = set(folders) - NOT_CORPUS  # which are not entered, then
+        folders[:] = set(folders) - NOT_CORPUS  # os.walk enters only those that are left.
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     files.sort(key=lambda path: path.relative_to(root).as_posix())
     arguments = {"source": "stdlib", "tokenizer": f"train:{vocab_size}"}
     source = Corpus("stdlib", files, val_fraction=1 / 20)
-    return prepare(out_dir, source, side_by_side(SHARD_TOKENS), arguments, workers)
+    return prepare(out_dir, source, stream_per_split(SHARD_TOKENS), arguments, workers)
 
 
 def prepare_files(
@@ -754,22 +742,23 @@ def prepare_files(
     text_field: str = "text", skip_bad_lines: bool = False, shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,
 ) -> bool:  # fmt: skip
-    """Make a data directory of files with text, and folders of them.
+    """Make a data directory of files with text, and of folders with such files.
 
-    Returns False, having done nothing, where it is finished already. Errors: ValueError, OSError.
+    Returns False where the data is finished already. Errors: ValueError, OSError.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val_fraction is a share between 0 and 1: not {val_fraction}")
     files = list_files(map(Path, inputs))
     sizes = "".join(f"{path.as_posix()} {path.stat().st_size}\n" for path in files)
-    # Not among these: skip_bad_lines. With or without it, what has been done so far is the same.
+    # A directory goes on only with the arguments that it was begun with. skip_bad_lines is not
+    # among them, because what has been written so far is the same with and without it.
     arguments = dict(
         source=[str(path) for path in inputs], files=len(files),
         sizes=hashlib.sha256(sizes.encode()).hexdigest()[:16], text_field=text_field,
         tokenizer=tokenizer, val_fraction=val_fraction, shard_tokens=shard_tokens,
     )  # fmt: skip
     source = Corpus("text", files, val_fraction, text_field, skip_bad_lines)
-    return prepare(out_dir, source, side_by_side(shard_tokens), arguments, workers)
+    return prepare(out_dir, source, stream_per_split(shard_tokens), arguments, workers)
 
 
 def list_files(paths: Iterable[Path]) -> list[Path]:
@@ -796,12 +785,12 @@ def prepare_fineweb(
     out_dir: str | Path | None = None, sample: str = "sample-10BT", max_tokens: int | None = None,
     shard_tokens: int = SHARD_TOKENS, workers: int | None = None,
 ) -> bool:  # fmt: skip
-    """Make a data directory of FineWeb-Edu, whose first shard is validation, a tenth at most.
+    """Make a data directory of FineWeb-Edu. The first shard is validation, a tenth at most.
 
-    Returns False, having done nothing, where it is finished already. Errors: ValueError, OSError.
+    Returns False where the data is finished already. Errors: ValueError, OSError.
     """
-    short = sample.removeprefix("sample-").removesuffix("T")
-    out_dir, limit = out_dir or f"edu_fineweb{short}", max_tokens or 1 << 62
+    out_dir = out_dir or f"edu_fineweb{sample.removeprefix('sample-').removesuffix('T')}"
+    limit = max_tokens or 1 << 62
     val_tokens = min(shard_tokens, limit // 10)
 
     def layout(shard: int) -> tuple[str, int]:
@@ -812,10 +801,26 @@ def prepare_fineweb(
         source=FINEWEB, sample=sample, max_tokens=max_tokens, tokenizer="gpt2",
         shard_tokens=shard_tokens,
     )  # fmt: skip
-    return prepare(out_dir, FineWeb(sample, max_tokens), {"train": layout}, arguments, workers)
+    source = FineWeb(sample, max_tokens or SAMPLES.get(sample))
+    return prepare(out_dir, source, {"train": layout}, arguments, workers)
 
 
 # ---------------------------------------------------------------------------- The command line
+
+HELP = {
+    "input": "Prepare these files, and the files in these folders.",
+    "stdlib": "Prepare Python's standard library, which the quick recipe trains on.",
+    "inspect": "Show what is in a data directory, and check that it is whole.",
+    "out_dir": "Write to this folder. (edu_fineweb10B or data/stdlib; --input needs one)",
+    "tokenizer": "Encode --input with GPT-2's tokenizer, or train one of N tokens: train:N. (gpt2)",
+    "text_field": "Take this field of .jsonl, or column of .parquet, for the text. (text)",
+    "sample": "Take this sample of FineWeb-Edu. (sample-10BT)",
+    "workers": "Use so many threads. The files are the same with any number. (one per core)",
+    "shard_tokens": "Put so many tokens into a shard. (1e8)",
+    "max_tokens": "Take only so many tokens of FineWeb-Edu, validation included. (all)",
+    "val_fraction": "Keep this share of --input for validation. (0.01)",
+    "skip_bad_lines": "Skip and count the lines of --input that cannot be read.",
+}
 
 
 def number(text: str) -> int:
@@ -827,31 +832,20 @@ def number(text: str) -> int:
 
 def run(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\nSections")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    what, add = parser.add_mutually_exclusive_group(), parser.add_argument
-    what.add_argument("--input", dest="inputs", nargs="+", metavar="PATH", help="files and folders")
-    what.add_argument(
-        "--stdlib", action="store_true", default=None, help="the quick recipe's corpus"
-    )
-    what.add_argument(
-        "--inspect", dest="data_dir", metavar="DIR", help="print and verify what is there"
-    )
-    add("--out_dir", help="where to (edu_fineweb10B or data/stdlib; --input needs one)")
-    add("--workers", type=number, help="threads; what they make does not depend on it (all cores)")
-    add("--shard_tokens", type=number, help="tokens a shard (1e8)")
-    add("--sample", help="which sample of FineWeb-Edu (sample-10BT)")
-    add("--max_tokens", type=number, help="of FineWeb-Edu, validation included (all)")
-    add("--tokenizer", help="for --input: gpt2, or train:N for N tokens learned from it (gpt2)")
-    add("--val_fraction", type=float, help="for --input: the share of validation (0.01)")
-    add(
-        "--text_field", help="for --input: field of .jsonl, column of .parquet with the text (text)"
-    )
-    add("--skip_bad_lines", action="store_true", default=None, help="for --input: count them only")
-    options = {
-        name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None
-    }
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # What is not given is left to a function's default.
+    )  # fmt: skip
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--input", dest="inputs", nargs="+", metavar="PATH", help=HELP["input"])
+    what.add_argument("--stdlib", action="store_true", help=HELP["stdlib"])
+    what.add_argument("--inspect", dest="data_dir", metavar="DIR", help=HELP["inspect"])
+    for name in ("out_dir", "tokenizer", "text_field", "sample"):
+        parser.add_argument(f"--{name}", help=HELP[name])
+    for name in ("workers", "shard_tokens", "max_tokens"):
+        parser.add_argument(f"--{name}", type=number, metavar="N", help=HELP[name])
+    parser.add_argument("--val_fraction", type=float, metavar="X", help=HELP["val_fraction"])
+    parser.add_argument("--skip_bad_lines", action="store_true", help=HELP["skip_bad_lines"])
+    options = vars(parser.parse_args(argv))
     if "inputs" in options:
         make = prepare_files
         if "out_dir" not in options:
@@ -867,8 +861,9 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; its exit status."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that lacks a character
+    """Run the command line. Returns its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # In Jupyter it is something else.
+        sys.stdout.reconfigure(errors="backslashreplace")  # A terminal may lack a character.
     try:
         run(argv)
     except KeyboardInterrupt:

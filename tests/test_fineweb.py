@@ -138,7 +138,7 @@ def test_transformers_reads_the_same_tokenizer(which, request, tmp_path):
         text = text.replace(EOT, "")  # theirs takes it for the special token
         assert theirs.encode(text) == enc.encode(text, disallowed_special=())
     assert theirs.eos_token_id == enc.eot_token and len(theirs) == enc.n_vocab
-    assert fineweb.spell(fineweb.load_tokenizer(tmp_path)) == fineweb.spell(enc)
+    assert fineweb.token_ids(fineweb.load_tokenizer(tmp_path)) == fineweb.token_ids(enc)
 
 
 def test_a_retrained_tokenizer_replaces_its_predecessor(tmp_path):
@@ -148,7 +148,7 @@ def test_a_retrained_tokenizer_replaces_its_predecessor(tmp_path):
 
 
 def test_training_a_tokenizer_twice_gives_the_same(bpe):
-    assert fineweb.spell(fineweb.train_tokenizer(iter(TEXTS), 400)) == fineweb.spell(bpe)
+    assert fineweb.token_ids(fineweb.train_tokenizer(iter(TEXTS), 400)) == fineweb.token_ids(bpe)
 
 
 @pytest.mark.parametrize("size", [-1, 0, 256, 65537, 60000])
