@@ -2,21 +2,25 @@
 
     python fineweb.py                          FineWeb-Edu's 10B-token sample, into edu_fineweb10B
     python fineweb.py --max_tokens 1e9         only its first billion tokens
-    python fineweb.py --input my.txt notes.jsonl pages/ --out_dir data/mine
-    python fineweb.py --input my.txt --tokenizer train:8192 --out_dir data/mine
     python fineweb.py --stdlib                 Python's standard library, into data/stdlib
+    python fineweb.py --input my.txt notes.jsonl pages/ --tokenizer train --out_dir data/mine
+    python fineweb.py --input stories.txt --separator '<|endoftext|>' --out_dir data/stories
     python fineweb.py --inspect data/mine      show what is there, and check that it is whole
 
-A shard is a one-dimensional .npy file of token ids, each a uint16. In front of every document
-stands the token <|endoftext|>, from which a model learns that a new text begins.
+Each row of a .jsonl, .json, .csv or .parquet file is a document. Any other file is text, and one
+document, unless --separator says what stands between documents. A folder gives its .txt and its
+tables. Text is UTF-8, or UTF-16 with a byte-order mark. A file may be compressed (.gz).
 
-The program may be stopped at any moment. Started again with the same arguments, it goes on after
-the last whole shard, and the files at the end are the same as if it had never been stopped.
+A shard is a one-dimensional .npy file of token ids (uint16). In front of every document stands
+<|endoftext|>, from which a model learns that a new text begins. Stopped at any moment, the same
+command goes on after the last whole shard, and ends with the same files as if never stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import codecs
+import csv
 import gzip
 import hashlib
 import io
@@ -28,10 +32,10 @@ import sysconfig
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import partial
+from functools import cached_property, partial
 from inspect import signature
 from itertools import chain
 from pathlib import Path
@@ -39,32 +43,29 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import tiktoken
+from tiktoken import Encoding
 
 EOT = "<|endoftext|>"
 FINEWEB = "HuggingFaceFW/fineweb-edu"
-SAMPLES = {"sample-10BT": 10**10, "sample-100BT": 10**11, "sample-350BT": 35 * 10**10}  # tokens
+OFFLINE = "; with network run the same again, or prepare other text (--input, --stdlib)"
+SPLITS, RECORDS = ("train", "val"), ("meta.json", "progress.json")
+TABLES = (".jsonl", ".json", ".csv", ".parquet")
 SHARD_TOKENS = 100_000_000
 BATCH_CHARS = 1 << 18  # characters that a worker encodes at a time, which takes it about 20 ms
-TOKENIZER_BYTES = (
-    100_000_000  # A tokenizer is trained on so much text. More would hardly change it.
-)
-TABLES = (".jsonl", ".jsonl.gz", ".parquet")  # Each line or row of these files is a document.
-KINDS = (".txt", *TABLES)
+MAX_CHARS = 1 << 26  # of a document between separators, because it is held in memory
+TOKENIZER_BYTES = 100_000_000  # of text, to train a tokenizer on; more would hardly change it
 # Folders of the standard library that hold tests, tables and other people's code.
-NOT_CORPUS = set(
-    "site-packages dist-packages test tests idlelib lib2to3 encodings turtledemo ensurepip".split()
-)
+NOT_CORPUS = "site-packages dist-packages test tests idlelib lib2to3 encodings turtledemo ensurepip"
 
 # ---------------------------------------------------------------------------------- Tokenizers
-# Byte-pair encoding (BPE) starts from the 256 bytes, so it can write any text. It has a list of
-# merges. Each merge makes a new token of two tokens that often stand side by side. The ids are the
-# bytes first, then the merges in the order in which they were learned, and <|endoftext|> last.
+# Byte-pair encoding (BPE) starts from the 256 bytes, so it can write any text. Each of its merges
+# makes a new token of two tokens that often stand side by side. The ids are the bytes first, then
+# the merges in the order in which they were learned, and <|endoftext|> last.
 
 # GPT-2 first cuts a text into words, and merges only within a word. A word is the end of an English
 # contraction, a run of letters, of digits or of signs, each with the space in front of it, or a run
-# of white space. (A `++` never gives back what it took. The cuts are the same, found faster.)
+# of white space. (`++` never gives back what it took, which makes the same cuts faster.)
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-
 # OpenAI's files spell each byte as a visible character. A byte that is a visible character of
 # Latin-1 stands for itself. The others, in order, are spelled as the characters from 256 on, so the
 # space is "Ġ". The bytes that stand for themselves have the first ids: "!" is 0.
@@ -77,22 +78,22 @@ CHAR_OF, BYTE_OF = dict(zip(BYTES, CHARS, strict=True)), dict(zip(CHARS, BYTES, 
 OPENAI_FILES, HF_FILES = ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")
 
 
-def make_encoding(merged: Iterable[str]) -> tiktoken.Encoding:
+def make_encoding(merged: Iterable[str]) -> Encoding:
     """A tokenizer like GPT-2's with these merged tokens, spelled as in OpenAI's files."""
     ranks = {bytes([b]): i for i, b in enumerate(BYTES)}
     for token in merged:
         ranks.setdefault(bytes(BYTE_OF[char] for char in token), len(ranks))
     special = {EOT: len(ranks)}
-    return tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    return Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
-def token_ids(enc: tiktoken.Encoding) -> dict[str, int]:
+def token_ids(enc: Encoding) -> dict[str, int]:
     """The id of each token, spelled as in OpenAI's encoder.json."""
     tokens = map(enc.decode_single_token_bytes, range(enc.n_vocab))
     return {"".join(CHAR_OF[b] for b in token): i for i, token in enumerate(tokens)}
 
 
-def load_tokenizer(folder: str | Path | None = None) -> tiktoken.Encoding:
+def load_tokenizer(folder: str | Path | None = None) -> Encoding:
     """The tokenizer whose files lie in the folder. Without any it is GPT-2's.
 
     Errors: ValueError where the files make no tokenizer, OSError where GPT-2's is out of reach.
@@ -118,7 +119,7 @@ def load_tokenizer(folder: str | Path | None = None) -> tiktoken.Encoding:
     return enc
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, or_fewer: bool = False) -> Encoding:
     """A byte-level BPE of vocab_size tokens that is learned from texts. <|endoftext|> is the last.
 
     Errors: ValueError where there can be no such size, or where the texts have too few merges.
@@ -134,13 +135,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
         texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     )
     enc = make_encoding(a + b for a, b in json.loads(bpe.to_str())["model"]["merges"])
-    if enc.n_vocab < vocab_size:
+    if enc.n_vocab < vocab_size and not or_fewer:
         raise ValueError(f"this text has merges for {enc.n_vocab} tokens at most: not {vocab_size}")
     return enc
 
 
+def choose_vocab_size(n_bytes: int) -> int:
+    """The power of two nearest to the root of a text's size, from 512 to GPT-2's 50,257 tokens."""
+    return min(max(512, 2 ** round(np.log2(n_bytes or 1) / 2)), 50257)  # 4,096 for 10 MB
+
+
 def save_tokenizer(
-    enc: tiktoken.Encoding, folder: str | Path, names: tuple[str, str] = OPENAI_FILES
+    enc: Encoding, folder: str | Path, names: tuple[str, str] = OPENAI_FILES
 ) -> None:
     """Write the two files in which OpenAI released GPT-2's tokenizer. Errors: OSError."""
     ids = token_ids(enc)
@@ -159,23 +165,16 @@ def save_tokenizer(
     write_file(Path(folder) / names[1], ("\n".join(lines) + "\n").encode())
 
 
-def save_hf_tokenizer(enc: tiktoken.Encoding, folder: str | Path, block_size: int) -> None:
+def save_hf_tokenizer(enc: Encoding, folder: str | Path, block_size: int) -> None:
     """Write the files that transformers' AutoTokenizer reads. Errors: OSError."""
     save_tokenizer(enc, folder, names=HF_FILES)
     config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}
     write_json(Path(folder) / "tokenizer_config.json", config)
 
 
-# --------------------------------------------------------------------------------------- Files
-
-
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which gets its name only when it is whole.
-
-    It is written under a temporary name, flushed to the disk, and then renamed.
-    Errors: OSError where there is no room or no permission. No part of the file is left then.
-    """
+    """A file to write to. It gets its name when it is whole and on the disk. Errors: OSError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -186,7 +185,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     except OSError as e:
         raise OSError(f"cannot write {path} ({e.strerror or e}): mend that, run it again") from e
     finally:
-        with suppress(OSError):  # After a success there is no temporary file any more.
+        with suppress(OSError):  # After a success it has another name.
             temporary.unlink()
 
 
@@ -206,31 +205,38 @@ def reading(what: object, way_out: str = "") -> Iterator[None]:
         yield
     except Exception as e:  # Files and networks fail in the ways of a dozen libraries.
         reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
-        way_out = way_out or " (convert it to UTF-8)" * isinstance(e, UnicodeError)
-        raise ValueError(f"{what}: {reason}{way_out}") from e
+        hint = " (convert it to UTF-8)" if isinstance(e, UnicodeError) else way_out
+        raise ValueError(f"{what}: {reason}{hint}") from e
 
 
 # ------------------------------------------------------------------------------------- Reading
 # A source consists of parts, and each part can be read without those before it. A part gives its
-# documents, each with the split that it is for. A document is a function, because not every text
-# fits into memory: each call reads the text again, and gives it block by block.
-
+# documents, each with the split that it is for. A document is a function that reads its text, as
+# often as it is called. It gives the text block by block, because not every text fits into memory.
 Document = Callable[[], Iterable[str]]
 Part = Callable[[], Iterator[tuple[str, Document]]]
 
 
 @dataclass
 class Corpus:
-    """Text in local files. Each row of a table is a document, and each other file is one."""
+    """Text in local files. It becomes two streams of shards, one for each split."""
 
-    prefix: str  # of the shards' names
     files: list[Path]
     val_fraction: float
+    shard_tokens: int = SHARD_TOKENS
     text_field: str = "text"
+    separator: str | None = None
     skip_bad_lines: bool = False
+    named: Iterable[Path] = ()  # The other files were found in folders.
+    prefix: str = "text"  # of the shards' names
     skipped: Counter[str] = field(default_factory=Counter)
-    expected_tokens = None  # Nobody knows it before everything is encoded.
+    marks: Counter[Path] = field(default_factory=Counter)  # how often EOT is in a file's text
+    streams, expected_tokens = SPLITS, None  # Nobody knows the number before all is encoded.
 
+    def layout(self, stream: str, shard: int) -> tuple[str, int]:
+        return stream, self.shard_tokens
+
+    @cached_property
     def parts(self) -> list[Part]:
         split = make_splitter(self.documents(), self.val_fraction)
         return [lambda: chain.from_iterable(map(split, self.documents()))]
@@ -238,76 +244,131 @@ class Corpus:
     def documents(self) -> Iterator[Document]:
         self.skipped.clear()
         for path in self.files:
-            if path.name.endswith(TABLES):
-                documents = (partial(iter, [text]) for text in self.texts(path))
+            if kind_of(path) in TABLES:
+                texts = self.table_texts(path)
+            elif self.separator:
+                texts = self.separate_texts(path)
             elif path.stat().st_size <= 16 * BATCH_CHARS:
-                documents = [partial(iter, ["".join(self.blocks(path))])]
+                texts = ["".join(self.blocks(path))]
             else:
-                documents = [partial(self.blocks, path)]
-            for document in documents:
-                if any(document()):
-                    yield document
+                texts = []
+                yield partial(self.blocks, path)
+            for text in texts:
+                if text:
+                    yield partial(iter, [text])
                 else:
                     self.skipped["empty documents"] += 1
 
     def blocks(self, path: Path) -> Iterator[str]:
-        """The text of a file, block by block. With newline="" its line ends stay as they are."""
-        with reading(path), path.open(encoding="utf-8", newline="") as file:
+        """The text of a file, block by block."""
+        marks, text = 0, ""
+        with reading(path), open_text(path) as file:
             while block := file.read(BATCH_CHARS):
                 yield block
+                text = text[-len(EOT) + 1 :] + block  # A mark may be cut in two.
+                marks += text.count(EOT)
+        self.marks[path] = marks
 
-    def texts(self, path: Path) -> Iterator[str | None]:
-        """The texts in a table."""
-        with reading(path), path.open("rb") as file:
-            if path.suffix == ".parquet":
+    def separate_texts(self, path: Path) -> Iterator[str]:
+        """The texts between separators, without line ends at either end."""
+        rest, no_text = "", "\r\n\ufeff"  # Where files were joined, there is a byte-order mark.
+        for block in self.blocks(path):
+            *texts, rest = (rest + block).split(self.separator)
+            if len(rest) > MAX_CHARS:
+                raise ValueError(f"{path}: no --separator within {MAX_CHARS:,} characters")
+            yield from (text.strip(no_text) for text in texts)
+        yield rest.strip(no_text)
+
+    def table_texts(self, path: Path) -> Iterator[str]:
+        """The texts in the rows of a table."""
+        kind = kind_of(path)
+        with reading(path):
+            if kind == ".parquet":
                 import pyarrow.parquet
 
-                table = pyarrow.parquet.ParquetFile(file)
-                if self.text_field not in (names := table.schema_arrow.names):
-                    raise ValueError(f"no {self.text_field!r} (see --text_field) among {names}")
+                table = pyarrow.parquet.ParquetFile(path)
+                self.text_of(dict.fromkeys(table.schema_arrow.names))  # Is there such a column?
                 for group in range(table.num_row_groups):  # All at once would all stay in memory.
                     for rows in table.iter_batches(256, [group], [self.text_field]):
-                        yield from rows.column(self.text_field).cast("string").to_pylist()
-                return
-            for i, line in enumerate(gzip.open(file) if path.suffix == ".gz" else file):
+                        yield from map(self.text_of, rows.column(0).cast("string").to_pylist())
+            elif kind == ".csv":
+                csv.field_size_limit((1 << 31) - 1)  # The default is 131,072 characters.
+                with open_text(path) as file:
+                    table = csv.DictReader(file, strict=True)
+                    self.text_of(dict.fromkeys(table.fieldnames or ()))  # Is there such a column?
+                    yield from map(self.text_of, table)
+            elif kind == ".json":
+                yield from map(self.text_of, self.json_array(path))
+            else:
+                yield from self.json_lines(path)
+
+    def json_array(self, path: Path) -> list[dict | str | None]:
+        with suppress(ValueError, RecursionError), open_text(path) as file:
+            rows = json.load(file)
+            if isinstance(rows, list) and all(isinstance(row, dict | str | None) for row in rows):
+                return rows
+        if path in self.named:
+            raise ValueError("no JSON array of objects or texts (one object a line is a .jsonl)")
+        self.skipped[".json files without an array of objects or texts"] += 1
+        return []
+
+    def json_lines(self, path: Path) -> Iterator[str]:
+        reasons = {UnicodeEncodeError: "is not UTF-8: ", TypeError: ""}
+        with open_text(path, errors="surrogateescape") as file:
+            for i, line in enumerate(file, 1):
                 try:
-                    if line.strip():
-                        yield text_of_line(line, self.text_field)
-                except ValueError as e:
+                    line.encode()  # A byte that is not UTF-8 has become half a surrogate pair.
+                    if line := line.strip("\ufeff \t\r\n"):
+                        yield self.text_of(json.loads(line))
+                except (ValueError, TypeError, RecursionError) as e:
                     if not self.skip_bad_lines:
-                        raise ValueError(f"line {i + 1} {e} (or --skip_bad_lines)") from e
+                        reason = reasons.get(type(e), "is not JSON: ")
+                        raise ValueError(f"line {i} {reason}{e} (or --skip_bad_lines)") from e
                     self.skipped["bad lines"] += 1
 
+    def text_of(self, row: Any) -> str:
+        """The text in a row of a table. Null is an empty text. Errors: TypeError, UnicodeError."""
+        fields = row if isinstance(row, dict) else {self.text_field: row}
+        text = fields.get(self.text_field, ...)
+        if not isinstance(text, str | None):
+            names = ", ".join(map(repr, fields))[:300]
+            raise TypeError(f"has no text under {self.text_field!r} (--text_field) among {names}")
+        (text or "").encode()  # JSON can spell half of a surrogate pair, which is no character.
+        return text or ""
 
-def text_of_line(line: bytes, text_field: str) -> str:
-    """The text in a line of JSON. Errors: ValueError."""
-    try:
-        text = json.loads(line.decode())[text_field]
-        text.encode()  # JSON can spell half of a surrogate pair, which is no character.
-        return text
-    except UnicodeError as e:
-        raise ValueError(f"is not UTF-8: {e.reason}") from e
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"is not JSON: {e}") from e
-    except (LookupError, TypeError, AttributeError) as e:
-        raise ValueError(f"has no text under {text_field!r} (see --text_field)") from e
+
+def kind_of(path: Path) -> str:
+    """The ending of a file's name, in small letters. It says how to read the file."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def open_text(path: Path, errors: str = "strict") -> io.TextIOWrapper:
+    """A file of text. Its byte-order mark is no text. Its line ends stay as they are."""
+    file = gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
+    is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    file.seek(0)
+    return io.TextIOWrapper(file, "utf-16" if is_utf16 else "utf-8-sig", errors, newline="")
 
 
 @dataclass
 class FineWeb:
-    """A sample of FineWeb-Edu, streamed from Hugging Face's hub. Each of its files is a part."""
+    """A sample of FineWeb-Edu on Hugging Face's hub. Each of its files is a part."""
 
     sample: str
+    max_tokens: int
+    shard_tokens: int
     expected_tokens: int | None
-    prefix = "edufineweb"
-    skipped = Counter()
+    prefix, streams, skipped = "edufineweb", ("train",), Counter()
 
-    def reading(self) -> AbstractContextManager:
-        way_out = "; with network run the same again, or prepare other text (--input, --stdlib)"
-        return reading(f"cannot stream {self.sample} of {FINEWEB}", way_out)
+    def layout(self, stream: str, shard: int) -> tuple[str, int]:
+        """The first shard of its one stream is validation, a tenth of all tokens at most."""
+        val_tokens = min(self.shard_tokens, self.max_tokens // 10)
+        left = self.max_tokens - val_tokens - (shard - 1) * self.shard_tokens
+        return ("train", max(0, min(self.shard_tokens, left))) if shard else ("val", val_tokens)
 
+    @cached_property
     def parts(self) -> list[Part]:
-        with self.reading():
+        with reading(f"cannot stream {self.sample} of {FINEWEB}", OFFLINE):
             import datasets
 
             options = dict(split="train", streaming=True, columns=["text"])
@@ -317,7 +378,7 @@ class FineWeb:
             return [partial(self.documents, data.shard(n, i)) for i in range(n)]
 
     def documents(self, data: Any) -> Iterator[tuple[str, Document]]:
-        with self.reading():
+        with reading(f"cannot stream {self.sample} of {FINEWEB}", OFFLINE):
             for rows in data.iter(batch_size=256):
                 for text in rows["text"].to_pylist():
                     yield "train", partial(iter, [text or ""])  # The first shard is validation.
@@ -328,15 +389,6 @@ class FineWeb:
 # and it does not change when other documents are added or when their order changes.
 
 
-def digest(document: Document) -> tuple[int, int]:
-    """The SHA-256 of a document's text, as a number, and its length in characters."""
-    sha, length = hashlib.sha256(), 0
-    for block in document():
-        sha.update(block.encode())
-        length += len(block)
-    return int(sha.hexdigest(), 16), length
-
-
 def excerpt(document: Document, start: int, stop: int) -> Iterator[str]:
     """A document's characters from start to stop."""
     for block in document():
@@ -344,39 +396,34 @@ def excerpt(document: Document, start: int, stop: int) -> Iterator[str]:
         start, stop = start - len(block), stop - len(block)
 
 
-def make_splitter(
-    documents: Iterable[Document], val_fraction: float
-) -> Callable[[Document], list[tuple[str, Document]]]:
-    """A function that gives a document with its split.
+def make_splitter(documents: Iterable[Document], val_fraction: float) -> Callable:
+    """A function from a document to a list of (split, document). Errors: ValueError without text.
 
-    The fraction is numerator / denominator. A document is for validation if its hash, modulo the
-    denominator, is below the numerator. That may hold for no document or for all of them. Then the
-    bound moves so far that one document changes sides. Documents are read until each side has one.
-    If all documents are the same text, the end of each is for validation.
-    Errors: ValueError where there is no text.
+    A document is for validation if its hash, modulo the fraction's denominator, is below the
+    numerator. Where that holds for none or for all, the bound moves so far that one changes sides.
+    Where all are the same text, the end of each is for validation.
     """
     numerator, denominator = Fraction(str(val_fraction)).as_integer_ratio()
     bound = (numerator, 0)
 
     def key(document: Document) -> tuple[int, int]:
-        number = digest(document)[0]
-        return number % denominator, number
+        sha = hashlib.sha256()
+        for block in document():
+            sha.update(block.encode())
+        return (number := int(sha.hexdigest(), 16)) % denominator, number
 
     low, high, last = (denominator, 0), (-1, 0), None
     for last in documents:
-        value = key(last)
-        low, high = min(low, value), max(high, value)
-        if low < bound <= high:
+        low, high = min(low, value := key(last)), max(high, value)
+        if low < bound <= high:  # Each split has a document.
             break
-    if last is None:
-        raise ValueError("the input has no document in it: there is nothing to prepare")
     if low < high:
         bound = min(max(bound, (low[0], low[1] + 1)), high)
         return lambda document: [("val" if key(document) < bound else "train", document)]
-    length = digest(last)[1]
+    length = sum(map(len, last())) if last else 0
     cut = length - max(1, round(length * val_fraction))
     if cut < 1:
-        raise ValueError("the only document is a single character: it cannot be split")
+        raise ValueError("the input has no document in it, or only a single character")
     return lambda document: [
         ("train", partial(excerpt, document, 0, cut)),
         ("val", partial(excerpt, document, cut, length)),
@@ -386,17 +433,14 @@ def make_splitter(
 # ------------------------------------------------------------------------------------- Batches
 # Text is encoded in batches, several at a time. Which text is in which batch depends on nothing but
 # the source. So a batch's place is enough to go on from, whatever the number of workers.
-
-Piece = tuple[str, str]  # EOT in front of a document's first piece (else ""), and the text
-Batch = tuple[list[int], dict[str, list[Piece]]]  # its place (part, number), its pieces by split
+# A batch is its place (part, number), and its pieces by split. A piece is a mark and a text. The
+# mark of a document's first piece is <|endoftext|>. That of the others is empty.
+Batch = tuple[list[int], dict[str, list[tuple[str, str]]]]
 
 
 def cut_text(blocks: Iterable[str]) -> Iterator[str]:
-    """A text of any length in pieces of up to BATCH_CHARS characters.
-
-    A piece ends where a word does and white space follows. PATTERN cuts there as well, so the
-    tokens are those of the whole text. (Where BATCH_CHARS characters have no such place, the text
-    is cut all the same.)
+    """Pieces of at most BATCH_CHARS characters. Where a word ends and white space follows, PATTERN
+    cuts a text. A piece ends at such a place if it can, so the tokens are those of the whole text.
     """
     rest = ""
     for block in blocks:
@@ -429,7 +473,7 @@ def make_batches(parts: list[Part], first_part: int) -> Iterator[Batch]:
             yield [part, number], pieces
 
 
-def encode(enc: tiktoken.Encoding, pieces: list[Piece]) -> np.ndarray:
+def encode(enc: Encoding, pieces: list[tuple[str, str]]) -> np.ndarray:
     """The ids of (mark, text) pairs, uint16. A text that spells <|endoftext|> stays a text."""
     joined = "".join(mark + text for mark, text in pieces)
     if joined.count(EOT) == sum(mark == EOT for mark, _ in pieces):
@@ -437,40 +481,28 @@ def encode(enc: tiktoken.Encoding, pieces: list[Piece]) -> np.ndarray:
         # core busy, and no text has to be sent to other processes.
         ids = enc.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=())
     else:  # A text spells the mark out, so marks and texts are encoded one by one.
-        ids = np.array([
-            i for mark, text in pieces
-            for i in (*enc.encode(mark, allowed_special={EOT}), *enc.encode_ordinary(text))
-        ])  # fmt: skip
-    return ids.astype("<u2")
+        marks_ids = {"": [], EOT: [enc.eot_token]}
+        ids = [i for mark, text in pieces for i in marks_ids[mark] + enc.encode_ordinary(text)]
+    return np.asarray(ids, dtype="<u2")
 
 
-def encode_batches(
-    enc: tiktoken.Encoding, batches: Iterable[Batch], workers: int
-) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
-    """The place of each batch and its ids by split, in order. Few batches are in memory at once."""
-
-    def work(batch: Batch) -> tuple[list[int], dict[str, np.ndarray]]:
-        place, pieces = batch
-        return place, {split: encode(enc, pieces[split]) for split in pieces}
-
+def encode_batches(enc: Encoding, batches: Iterable[Batch], workers: int) -> Iterator[tuple]:
+    """The place of each batch and the future of its ids by split. Few of them wait at a time."""
     pending: deque = deque()
     with ThreadPoolExecutor(workers) as pool:
-        for batch in batches:
-            pending.append(pool.submit(work, batch))
+        for place, pieces in batches:
+            pending.append((place, {s: pool.submit(encode, enc, pieces[s]) for s in pieces}))
             if len(pending) == 16 * workers:  # enough to do while a shard is being written
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+                yield pending.popleft()
+        yield from pending
 
 
 # -------------------------------------------------------------------------------------- Shards
-# A stream is a row of shards, which are filled one after the other. Own text has two streams, one
-# for each split. FineWeb-Edu has one, whose first shard is validation.
-
-Layout = Callable[[int], tuple[str, int]]  # the split of a stream's shard n, and its size in tokens
+# A stream is a row of shards, which are filled one after the other. A source's layout gives, for
+# each shard of a stream, the split that it is for and its size in tokens.
 
 
-def token_lengths(enc: tiktoken.Encoding) -> np.ndarray:
+def token_lengths(enc: Encoding) -> np.ndarray:
     """The bytes of text that each token stands for, (n_vocab,). Only <|endoftext|> has 0."""
     lengths = [len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)]
     lengths[enc.eot_token] = 0
@@ -484,83 +516,56 @@ def count(ids: np.ndarray, lengths: np.ndarray) -> Counter[str]:
     return Counter(tokens=len(ids), bytes=int(lengths.sum()), documents=documents)
 
 
-@dataclass
-class ShardWriter:
-    """Writes the shards of a stream as its tokens come."""
-
-    path: Path  # of the shards, up to their split
-    layout: Layout
-    # These two are parts of progress.json, and describe whole shards only.
-    totals: dict[str, Counter[str]]  # what they hold, by split
-    position: dict[str, Any]  # which shard is next, and the place of its first token
-    lengths: np.ndarray
-    chunks: list[np.ndarray] = field(default_factory=list)  # tokens of the next shard
-    counts: Counter[str] = field(default_factory=Counter)  # of what is in the chunks
-
-    def room(self) -> int:
-        """How many tokens the next shard still needs. 0 means that there is no next shard."""
-        return self.layout(self.position["shard"])[1] - self.counts["tokens"]
-
-    def add(self, place: list[int], ids: np.ndarray) -> bool:
-        """Take the tokens of a batch. Returns whether a shard became whole."""
-        shard = self.position["shard"]
-        start = self.position["offset"] if place == self.position["place"] else 0
-        while start < len(ids) and self.room():
-            chunk = ids[start : start + self.room()]
-            start += len(chunk)
-            self.chunks.append(chunk)
-            self.counts += count(chunk, self.lengths)
-            if not self.room():
-                self.flush()
-                self.position |= {"place": place, "offset": start}
-        return self.position["shard"] > shard
-
-    def flush(self) -> None:
-        """Write what there is as a shard."""
-        if self.chunks:
-            split, _ = self.layout(self.position["shard"])
-            array = {"descr": "<u2", "fortran_order": False, "shape": (self.counts["tokens"],)}
-            name = f"{self.path.name}_{split}_{self.position['shard']:06d}.npy"
-            with whole_file(self.path.with_name(name)) as file:
-                np.lib.format.write_array_header_1_0(file, array)
-                file.writelines(self.chunks)
-            self.totals[split] = self.totals[split] + self.counts + Counter(shards=1)
-            self.position["shard"] += 1
-            self.chunks, self.counts = [], Counter()
-
-
 def write_shards(
-    path: Path, enc: tiktoken.Encoding, source: Corpus | FineWeb, parts: list[Part],
-    layouts: dict[str, Layout], record: dict[str, Any], workers: int,
-) -> None:  # fmt: skip
-    """Encode what is not in whole shards yet, write it, and record each whole shard."""
+    path: Path, enc: Encoding, source: Corpus | FineWeb, record: dict[str, Any], workers: int
+) -> None:
+    """Encode what is not in whole shards yet, write it, and record each whole shard.
+
+    A stream's position in the record is the number of its next shard, and the part, the batch in
+    the part, and the token in the batch with which that shard begins.
+    """
     from tqdm import tqdm
 
     totals, positions, lengths = record["splits"], record["positions"], token_lengths(enc)
-    writers = {
-        name: ShardWriter(path, layouts[name], totals, positions[name], lengths) for name in layouts
-    }
+    chunks: dict[str, list[np.ndarray]] = {stream: [] for stream in positions}  # of the next shard
+    room = {s: source.layout(s, positions[s][0])[1] for s in positions}  # what it still needs
 
-    def unwritten() -> Iterator[Batch]:
-        first_part = min(position["place"] for position in positions.values())[0]
-        for place, pieces in make_batches(parts, first_part):
-            unfinished = [name for name in writers if writers[name].room()]
-            wanting = [name for name in unfinished if place >= positions[name]["place"]]
-            if wanted := {split: pieces[split] for split in pieces if split in wanting}:
-                yield place, wanted
-            elif not unfinished:
+    def write_shard(stream: str) -> None:
+        shard, ids = positions[stream][0], chunks[stream]
+        split, _ = source.layout(stream, shard)
+        header = {"descr": "<u2", "fortran_order": False, "shape": (sum(map(len, ids)),)}
+        with whole_file(path.with_name(f"{path.name}_{split}_{shard:06d}.npy")) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.writelines(ids)
+        totals[split] += sum((count(i, lengths) for i in ids), Counter()) + Counter(shards=1)
+        positions[stream][0], chunks[stream] = shard + 1, []
+        _, room[stream] = source.layout(stream, shard + 1)  # no room where there is no next shard
+
+    def unwritten_batches() -> Iterator[Batch]:
+        for place, pieces in make_batches(source.parts, min(p[1] for p in positions.values())):
+            wanting = [s for s in pieces if room[s] and place >= positions[s][1:3]]
+            if wanting:
+                yield place, {stream: pieces[stream] for stream in wanting}
+            elif not any(room.values()):
                 return
 
-    done = sum(total["tokens"] for total in totals.values())
-    total = source.expected_tokens
-    with tqdm(total=total, initial=done, unit="tok", unit_scale=True, disable=None) as bar:
-        for place, ids_by_split in encode_batches(enc, unwritten(), workers):
-            for name, ids in ids_by_split.items():
-                if writers[name].add(place, ids):
-                    write_json(path.with_name("progress.json"), record)
+    with tqdm(unit="tok", unit_scale=True, total=source.expected_tokens, disable=None) as bar:
+        bar.update(sum(counts["tokens"] for counts in totals.values()))
+        for place, futures in encode_batches(enc, unwritten_batches(), workers):
+            for stream, future in futures.items():
+                ids = future.result()
+                start = positions[stream][3] if place == positions[stream][1:3] else 0
+                while start < len(ids) and room[stream]:
+                    chunks[stream].append(ids[start : start + room[stream]])
+                    start += len(chunks[stream][-1])
+                    room[stream] -= len(chunks[stream][-1])
+                    if not room[stream]:
+                        write_shard(stream)
+                        positions[stream][1:] = [*place, start]
+                        write_json(path.with_name("progress.json"), record)
                 bar.update(len(ids))
-    for writer in writers.values():
-        writer.flush()
+    for stream in filter(chunks.get, positions):  # The last shard of a stream may be short.
+        write_shard(stream)
 
 
 # --------------------------------------------------------------------------- A data directory
@@ -568,27 +573,21 @@ def write_shards(
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What is in progress.json or meta.json. Errors: ValueError."""
-    with reading(path, "; not a record of this program's, or damaged"):
-        record = json.loads(path.read_text("utf-8"))
-        record["splits"] = {split: Counter(record["splits"][split]) for split in ("train", "val")}
-        numbers = [number for totals in record["splits"].values() for number in totals.values()]
-        if path.name == "meta.json":
-            record.pop("positions", None)
-        for position in record.get("positions", {}).values():
-            part, batch = position["place"]
-            numbers += [position["shard"], part, batch, position["offset"]]
-        if any(type(number) is not int or number < 0 for number in numbers):
+    """What is in meta.json or progress.json. Errors: ValueError."""
+    with reading(path, "; it is no record of this program's, or damaged"):
+        record = {"positions": {}} | json.loads(path.read_text("utf-8"))
+        record["arguments"] = dict(record["arguments"])
+        record["splits"] = {split: Counter(record["splits"][split]) for split in SPLITS}
+        positions = record["positions"].values() if path.name == "progress.json" else ()
+        numbers = [*chain(*positions, *(totals.values() for totals in record["splits"].values()))]
+        if any(type(n) is not int or n < 0 for n in numbers) or {len(p) for p in positions} - {4}:
             raise ValueError("has numbers that cannot be")
-        return record | {"arguments": dict(record["arguments"])}
+        return record
 
 
 def open_record(out_dir: Path, arguments: dict[str, Any], streams: Iterable[str]) -> dict[str, Any]:
-    """The directory's record, or a new one. Only an unfinished directory's has positions.
-
-    Errors: ValueError where the directory was made with other arguments or by another program.
-    """
-    for path in (out_dir / "meta.json", out_dir / "progress.json"):
+    """The directory's record, or a new one. Errors: ValueError where it was made by other means."""
+    for path in map(out_dir.joinpath, RECORDS):
         if path.exists():
             record = read_record(path)
             old = record["arguments"]
@@ -596,159 +595,127 @@ def open_record(out_dir: Path, arguments: dict[str, Any], streams: Iterable[str]
             if changes := "; ".join(f"{n} {old.get(n)!r}, now {arguments.get(n)!r}" for n in names):
                 way_out = "use the same, or another --out_dir, or delete this one"
                 raise ValueError(f"{out_dir} has other arguments ({changes}): {way_out}")
-            if path.name == "progress.json" and set(record.get("positions", ())) != set(streams):
+            if path.name == "progress.json" and record["positions"].keys() != set(streams):
                 raise ValueError(f"{path} is damaged: delete {out_dir}, make it again")
             return record
     for path in [*out_dir.glob("*.npy"), *out_dir.glob("encoder.json"), *out_dir.glob("vocab.bpe")]:
         raise ValueError(f"{path} is of another program: use another --out_dir")
-    return {
-        "format_version": 1,
-        "arguments": arguments,
-        "splits": {"train": Counter(), "val": Counter()},
-        "positions": {s: {"shard": 0, "place": [0, 0], "offset": 0} for s in streams},
-    }
+    splits, positions = {s: Counter() for s in SPLITS}, {s: [0, 0, 0, 0] for s in streams}
+    return dict(format_version=1, arguments=arguments, splits=splits, positions=positions)
 
 
 def training_texts(part: Part) -> Iterator[str]:
     """The first TOKENIZER_BYTES of a part's training documents."""
     left = TOKENIZER_BYTES
-    for split, document in part():
-        for text in cut_text(document()) if split == "train" else ():
-            yield text
-            left -= len(text.encode())
-            if left <= 0:
-                return
+    for text in (t for split, doc in part() if split == "train" for t in cut_text(doc())):
+        yield text
+        if (left := left - len(text.encode())) <= 0:
+            return
 
 
-def prepare(
-    out_dir: str | Path, source: Corpus | FineWeb, layouts: dict[str, Layout],
-    arguments: dict[str, Any], workers: int | None,
-) -> bool:  # fmt: skip
+def prepare(out_dir: Path, source: Any, arguments: dict[str, Any], workers: int | None) -> bool:
     """Make a data directory, or go on with it. Returns False where it was finished before."""
-    vocabulary = re.fullmatch(r"gpt2|train:(\d+)", arguments["tokenizer"])
-    if not vocabulary:
-        raise ValueError(f"--tokenizer is gpt2 or train:N: not {arguments['tokenizer']}")
-    out_dir = Path(out_dir)
-    record = open_record(out_dir, arguments, layouts)
-    if "positions" not in record:
-        (out_dir / "progress.json").unlink(missing_ok=True)  # It may have been stopped before that.
+    tokenizer, meta, progress = arguments["tokenizer"], *map(out_dir.joinpath, RECORDS)
+    if not re.fullmatch(r"gpt2|train(:\d+)?", tokenizer):
+        raise ValueError(f"--tokenizer is gpt2 or train:N or train: not {tokenizer}")
+    record = open_record(out_dir, arguments, source.streams)
+    if meta.exists():
+        progress.unlink(missing_ok=True)  # It may have been stopped before it could do this.
         return False
-    # Everything that can be wrong with the arguments shows before the first file is written.
-    parts, trained = source.parts(), None
-    if vocabulary[1] and not (out_dir / "vocab.bpe").exists():  # the second of its two files
-        print(f"{out_dir}: training a tokenizer of {vocabulary[1]} tokens", flush=True)
-        trained = train_tokenizer(training_texts(parts[0]), int(vocabulary[1]))
-    enc = trained or load_tokenizer(out_dir)
+    parts = source.parts  # What is wrong shows here, before the first file is written.
+    train = tokenizer != "gpt2" and not (out_dir / "vocab.bpe").exists()  # the second of two
+    if train:
+        size = tokenizer[6:] or choose_vocab_size(sum(f.stat().st_size for f in source.files))
+        print(f"{out_dir}: training a tokenizer of {size} tokens", flush=True)
+        or_fewer = {} if tokenizer[6:] else {"or_fewer": True}
+        enc = train_tokenizer(training_texts(parts[0]), int(size), **or_fewer)
+    else:
+        enc = load_tokenizer(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_json(out_dir / "progress.json", record)
-    if trained:
-        save_tokenizer(trained, out_dir)
-
-    workers = workers or os.cpu_count() or 1
-    write_shards(out_dir / source.prefix, enc, source, parts, layouts, record, workers)
-    for split, totals in record["splits"].items():
-        if not totals["tokens"]:
-            raise ValueError(f"{out_dir}: no text is left for {split}: delete it, give more text")
-        numbers = f"{totals['tokens']:,} {split} tokens of {totals['documents']:,} documents"
-        print(f"{out_dir}: {numbers}")
-    for what, number in source.skipped.items():
-        print(f"{out_dir}: skipped {number:,} {what}")
+    write_json(progress, record)
+    if train:
+        save_tokenizer(enc, out_dir)
+    write_shards(out_dir / source.prefix, enc, source, record, workers or os.cpu_count() or 1)
+    for split, n in record["splits"].items():
+        if not n["tokens"]:
+            raise ValueError(f"{out_dir}: no text is left for {split}: delete it, add text")
+        print(f"{out_dir}: {n['tokens']:,} {split} tokens of {n['documents']:,} documents")
+    for what, n in source.skipped.items():
+        print(f"{out_dir}: skipped {n:,} {what}")
     del record["positions"]
-    record |= {"n_vocab": enc.n_vocab, "skipped": source.skipped}
-    write_json(out_dir / "meta.json", record)
-    (out_dir / "progress.json").unlink()
+    write_json(meta, record | {"n_vocab": enc.n_vocab, "skipped": source.skipped})
+    progress.unlink()
     return True
 
 
 def open_shards(data_dir: str | Path, split: str) -> list[tuple[Path, np.ndarray]]:
-    """The shards of a split, memory-mapped, in the order of their names.
-
-    Every file whose name contains the split is a shard of it. So the shards of other programs can
-    be read as well. Errors: ValueError where something is wrong.
-    """
+    """The files named for a split, of whatever program, memory-mapped. Errors: ValueError."""
     data_dir, shards = Path(data_dir), []
-    if not data_dir.is_dir():
-        raise ValueError(f"{data_dir}: no such folder (python fineweb.py --help: how to make one)")
     if (data_dir / "progress.json").exists() and not (data_dir / "meta.json").exists():
-        raise ValueError(
-            f"{data_dir} is unfinished: run the fineweb.py command again that began it"
-        )
+        raise ValueError(f"{data_dir} is unfinished: run the command again that began it")
     for path in sorted(data_dir.glob("*.npy")):
-        if not re.match(rf"(.*_)?{split}_", path.name):
-            continue
-        with reading(path, "; it is no shard, or damaged: make it again"):
-            ids = np.load(path, mmap_mode="r")
-            if ids.dtype != np.uint16 or ids.ndim != 1:
-                raise ValueError(f"has {ids.dtype} of shape {ids.shape}, not a row of uint16")
-            if path.stat().st_size != ids.offset + ids.nbytes:
-                raise ValueError("is longer than it says")
-        shards.append((path, ids))
+        if re.match(rf"(.*_)?{split}_", path.name):
+            with reading(path, "; it is no shard, or damaged: make it again"):
+                ids = np.load(path, mmap_mode="r")
+                whole = path.stat().st_size == ids.offset + ids.nbytes
+                if ids.dtype != np.uint16 or ids.ndim != 1 or not whole:
+                    raise ValueError(f"is not one row of uint16, but {ids.dtype} {ids.shape}")
+            shards.append((path, ids))
     if not shards:
-        raise ValueError(f"{data_dir} has no shards for {split} (*_{split}_*.npy)")
+        raise ValueError(f"{data_dir} has no shards *_{split}_*.npy (fineweb.py --help: make some)")
     return shards
 
 
 def inspect_shards(data_dir: str | Path) -> None:
     """Print what a data directory holds. Errors: ValueError where that is not what it should be."""
-    shards = {split: open_shards(data_dir, split) for split in ("train", "val")}
+    shards = {split: open_shards(data_dir, split) for split in SPLITS}
     enc, meta = load_tokenizer(data_dir), Path(data_dir, "meta.json")
     recorded, lengths = read_record(meta)["splits"] if meta.exists() else {}, token_lengths(enc)
     for split in shards:
         found = Counter(shards=len(shards[split]))
         for path, ids in shards[split]:
             for chunk in np.split(ids, range(1 << 24, len(ids), 1 << 24)):
-                if (largest := int(chunk.max(initial=0))) >= enc.n_vocab:
-                    raise ValueError(f"{path}: id {largest} in a vocabulary of {enc.n_vocab}")
-                found += count(chunk, lengths)
+                with reading(path):  # An id may be larger than the vocabulary.
+                    found += count(chunk, lengths)
         numbers = ", ".join(f"{number:,} {what}" for what, number in found.items())
         print(f"{split}: {numbers}, {found['bytes'] / found['tokens']:.3f} bytes a token")
         if recorded and found != recorded[split]:
-            expected = ", ".join(f"{number:,} {what}" for what, number in recorded[split].items())
-            raise ValueError(
-                f"{data_dir} is damaged, make it again: {split} should have {expected}"
-            )
-    start = shards["train"][0][1][:4096]
-    first = np.split(start, np.flatnonzero(start == enc.eot_token))[:2][-1]
-    print("the first document:", enc.decode(first[first != enc.eot_token].tolist())[:500])
+            raise ValueError(f"{split} should have {dict(recorded[split])}: make {data_dir} again")
+    start = enc.decode(shards["train"][0][1][:4096].tolist())
+    print("the first document:", start.split(EOT)[:2][-1][:500])
     print(data_dir, "is whole" if recorded else "has no meta.json to be compared with")
 
 
 # --------------------------------------------------------------------------- The three corpora
-
-
-def stream_per_split(shard_tokens: int) -> dict[str, Layout]:
-    return {split: lambda _, split=split: (split, shard_tokens) for split in ("train", "val")}
+# Each function makes a data directory. It returns False, and does nothing, where that is finished
+# already. Errors: ValueError for bad input, OSError where a file cannot be written.
 
 
 def prepare_stdlib(
     out_dir: str | Path = "data/stdlib", vocab_size: int = 4096, workers: int | None = None
 ) -> bool:
-    """Make the quick recipe's data of Python's own standard library, 10 MB of English and Python.
-
-    Returns False where the data is finished already. Errors: ValueError, OSError.
-    """
+    """Python's own standard library, 10 MB of English and Python, for the quick recipe."""
     root, files = Path(sysconfig.get_paths()["stdlib"]), []
     for folder, folders, names in os.walk(root):
-        folders[:] = set(folders) - NOT_CORPUS  # os.walk enters only those that are left.
+        folders[:] = set(folders) - {*NOT_CORPUS.split()}  # os.walk enters what is left.
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     files.sort(key=lambda path: path.relative_to(root).as_posix())
     arguments = {"source": "stdlib", "tokenizer": f"train:{vocab_size}"}
-    source = Corpus("stdlib", files, val_fraction=1 / 20)
-    return prepare(out_dir, source, stream_per_split(SHARD_TOKENS), arguments, workers)
+    return prepare(Path(out_dir), Corpus(files, 1 / 20, prefix="stdlib"), arguments, workers)
 
 
 def prepare_files(
     inputs: list[str], out_dir: str | Path, tokenizer: str = "gpt2", val_fraction: float = 0.01,
     text_field: str = "text", skip_bad_lines: bool = False, shard_tokens: int = SHARD_TOKENS,
-    workers: int | None = None,
+    workers: int | None = None, separator: str | None = None,
 ) -> bool:  # fmt: skip
-    """Make a data directory of files with text, and of folders with such files.
-
-    Returns False where the data is finished already. Errors: ValueError, OSError.
-    """
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"--val_fraction is a share between 0 and 1: not {val_fraction}")
-    files = list_files(map(Path, inputs))
+    """Files with text, and folders with such files."""
+    if not 0 < val_fraction < 1 or separator == "":
+        values = f"not {val_fraction} and {separator!r}"
+        raise ValueError(f"--val_fraction is between 0 and 1, --separator is not empty: {values}")
+    separator = separator and separator.replace("\\n", "\n")  # Not every shell writes line ends.
+    named, out_dir = [Path(path) for path in inputs], Path(out_dir)
+    files = list_files(named, out_dir)
     sizes = "".join(f"{path.as_posix()} {path.stat().st_size}\n" for path in files)
     # A directory goes on only with the arguments that it was begun with. skip_bad_lines is not
     # among them, because what has been written so far is the same with and without it.
@@ -756,28 +723,30 @@ def prepare_files(
         source=[str(path) for path in inputs], files=len(files),
         sizes=hashlib.sha256(sizes.encode()).hexdigest()[:16], text_field=text_field,
         tokenizer=tokenizer, val_fraction=val_fraction, shard_tokens=shard_tokens,
-    )  # fmt: skip
-    source = Corpus("text", files, val_fraction, text_field, skip_bad_lines)
-    return prepare(out_dir, source, stream_per_split(shard_tokens), arguments, workers)
+    ) | ({"separator": separator} if separator else {})  # fmt: skip
+    source = Corpus(files, val_fraction, shard_tokens, text_field, separator, skip_bad_lines, named)
+    made = prepare(out_dir, source, arguments, workers)
+    if made and not separator and (marks := sum(source.marks.values())):
+        way_out = f"if it separates documents, delete {out_dir} and add --separator '{EOT}'"
+        print(f"{out_dir}: {EOT} stands {marks:,} times in the text, as text; {way_out}")
+    return made
 
 
-def list_files(paths: Iterable[Path]) -> list[Path]:
+def list_files(paths: list[Path], out_dir: Path) -> list[Path]:
     """The files, and those in the folders, in an order that is the same on every machine."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = [
-                file for file in path.rglob("*") if file.name.endswith(KINDS) and file.is_file()
-            ]
+            found = [f for f in path.rglob("*") if kind_of(f) in (".txt", *TABLES) and f.is_file()]
+            own = set(out_dir.resolve().glob("*.json"))  # They are this program's, and no text.
+            found = [file for file in found if file.resolve() not in own]
             files += sorted(found, key=lambda file: file.relative_to(path).as_posix())
             if not found:
-                raise ValueError(f"{path}: a folder without any {', '.join(KINDS)}")
-        elif not path.exists():
-            raise ValueError(f"{path}: no such file or folder")
-        elif not path.name.endswith(KINDS):
-            raise ValueError(f"{path}: the name of a file to read ends in {', '.join(KINDS)}")
-        else:
+                raise ValueError(f"{path}: a folder without any .txt, {', '.join(TABLES)}")
+        elif path.is_file():
             files.append(path)
+        else:
+            raise ValueError(f"{path}: no such file or folder (a pipe cannot be read twice)")
     return list(dict.fromkeys(files))
 
 
@@ -785,42 +754,15 @@ def prepare_fineweb(
     out_dir: str | Path | None = None, sample: str = "sample-10BT", max_tokens: int | None = None,
     shard_tokens: int = SHARD_TOKENS, workers: int | None = None,
 ) -> bool:  # fmt: skip
-    """Make a data directory of FineWeb-Edu. The first shard is validation, a tenth at most.
-
-    Returns False where the data is finished already. Errors: ValueError, OSError.
-    """
+    """A sample of FineWeb-Edu, or the first max_tokens of it."""
     out_dir = out_dir or f"edu_fineweb{sample.removeprefix('sample-').removesuffix('T')}"
-    limit = max_tokens or 1 << 62
-    val_tokens = min(shard_tokens, limit // 10)
-
-    def layout(shard: int) -> tuple[str, int]:
-        left = limit - val_tokens - (shard - 1) * shard_tokens
-        return ("train", max(0, min(shard_tokens, left))) if shard else ("val", val_tokens)
-
-    arguments = dict(
-        source=FINEWEB, sample=sample, max_tokens=max_tokens, tokenizer="gpt2",
-        shard_tokens=shard_tokens,
-    )  # fmt: skip
-    source = FineWeb(sample, max_tokens or SAMPLES.get(sample))
-    return prepare(out_dir, source, {"train": layout}, arguments, workers)
+    arguments = dict(source=FINEWEB, sample=sample, max_tokens=max_tokens, tokenizer="gpt2")
+    expected_tokens = max_tokens or {"sample-10BT": 10**10}.get(sample)
+    source = FineWeb(sample, max_tokens or 1 << 62, shard_tokens, expected_tokens)
+    return prepare(Path(out_dir), source, arguments | {"shard_tokens": shard_tokens}, workers)
 
 
 # ---------------------------------------------------------------------------- The command line
-
-HELP = {
-    "input": "Prepare these files, and the files in these folders.",
-    "stdlib": "Prepare Python's standard library, which the quick recipe trains on.",
-    "inspect": "Show what is in a data directory, and check that it is whole.",
-    "out_dir": "Write to this folder. (edu_fineweb10B or data/stdlib; --input needs one)",
-    "tokenizer": "Encode --input with GPT-2's tokenizer, or train one of N tokens: train:N. (gpt2)",
-    "text_field": "Take this field of .jsonl, or column of .parquet, for the text. (text)",
-    "sample": "Take this sample of FineWeb-Edu. (sample-10BT)",
-    "workers": "Use so many threads. The files are the same with any number. (one per core)",
-    "shard_tokens": "Put so many tokens into a shard. (1e8)",
-    "max_tokens": "Take only so many tokens of FineWeb-Edu, validation included. (all)",
-    "val_fraction": "Keep this share of --input for validation. (0.01)",
-    "skip_bad_lines": "Skip and count the lines of --input that cannot be read.",
-}
 
 
 def number(text: str) -> int:
@@ -830,28 +772,37 @@ def number(text: str) -> int:
     return int(value)
 
 
+OPTIONS = {
+    "input": dict(nargs="+", metavar="PATH", help="Prepare these files and folders of files."),
+    "stdlib": dict(action="store_true", help="Prepare Python's standard library."),
+    "inspect": dict(metavar="DIR", help="Show what is in a data directory, and check it."),
+    "out_dir": dict(metavar="DIR", help="Write to this folder. (edu_fineweb10B or data/stdlib)"),
+    "tokenizer": dict(help="Train one of N tokens (train:N) or of a fitting N (train). (gpt2)"),
+    "separator": dict(help="Cut files of text where this stands, \\n for a line end. (not cut)"),
+    "text_field": dict(help="This field or column of a table holds the text. (text)"),
+    "skip_bad_lines": dict(action="store_true", help="Skip and count bad lines of a .jsonl."),
+    "val_fraction": dict(type=float, help="This share of --input is for validation. (0.01)"),
+    "sample": dict(help="Take this sample of FineWeb-Edu. (sample-10BT)"),
+    "max_tokens": dict(type=number, help="Take only so many tokens of FineWeb-Edu. (all)"),
+    "shard_tokens": dict(type=number, help="Put so many tokens into a shard. (1e8)"),
+    "workers": dict(type=number, help="Use so many threads. No file depends on it. (all cores)"),
+}
+
+
 def run(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # What is not given is left to a function's default.
     )  # fmt: skip
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--input", dest="inputs", nargs="+", metavar="PATH", help=HELP["input"])
-    what.add_argument("--stdlib", action="store_true", help=HELP["stdlib"])
-    what.add_argument("--inspect", dest="data_dir", metavar="DIR", help=HELP["inspect"])
-    for name in ("out_dir", "tokenizer", "text_field", "sample"):
-        parser.add_argument(f"--{name}", help=HELP[name])
-    for name in ("workers", "shard_tokens", "max_tokens"):
-        parser.add_argument(f"--{name}", type=number, metavar="N", help=HELP[name])
-    parser.add_argument("--val_fraction", type=float, metavar="X", help=HELP["val_fraction"])
-    parser.add_argument("--skip_bad_lines", action="store_true", help=HELP["skip_bad_lines"])
+    for name, settings in OPTIONS.items():
+        parser.add_argument(f"--{name}", **settings)
     options = vars(parser.parse_args(argv))
-    if "inputs" in options:
-        make = prepare_files
+    if "input" in options:
+        make, options["inputs"] = prepare_files, options.pop("input")
         if "out_dir" not in options:
             parser.error("--input needs an --out_dir")
-    elif "data_dir" in options:
-        make = inspect_shards
+    elif "inspect" in options:
+        make, options["data_dir"] = inspect_shards, options.pop("inspect")
     else:
         make = prepare_stdlib if options.pop("stdlib", False) else prepare_fineweb
     for name in options.keys() - signature(make).parameters.keys():

@@ -1,8 +1,11 @@
 """What fineweb.py promises, each promise as a test. Offline, on files made here."""
 
+import codecs
+import csv
 import errno
 import gzip
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -12,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -332,6 +336,251 @@ def test_importing_it_loads_nothing_heavy():
     assert not loaded & {"torch", "datasets", "tokenizers", "pyarrow", "transformers", "tqdm"}
 
 
+# ------------------------------------------------------------------------- Text as people have it
+
+UNIX = "Zeile 1 ä\nZeile 2 東京\n" * 40
+WINDOWS = UNIX.replace("\n", "\r\n")
+SEPARATED = [f"|{text}|" for text in TEXTS]  # They neither begin nor end with line ends.
+
+
+def csv_of(texts, **options) -> str:
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, **options)
+    writer.writerows([["id", "text"], *enumerate(texts)])
+    return file.getvalue()
+
+
+FORMS = {  # the same documents in files of every form
+    "a.jsonl": "".join(json.dumps({"text": text}) + "\n" for text in TEXTS),
+    "windows.jsonl": "".join(json.dumps({"id": 1, "text": text}) + "\r\n\r\n" for text in TEXTS),
+    "mac.jsonl": "".join(json.dumps({"text": text}) + "\r" for text in TEXTS),
+    "texts.jsonl": "\n".join(map(json.dumps, TEXTS)),
+    "a.json": json.dumps([{"text": text, "meta": {"n": [1]}} for text in TEXTS], indent=1),
+    "TEXTS.JSON": "\n" + json.dumps(TEXTS, ensure_ascii=False),
+    "a.csv": csv_of(TEXTS),
+    "unix.csv": csv_of(TEXTS, lineterminator="\n", quoting=csv.QUOTE_ALL),
+    "mac.csv": csv_of(TEXTS, lineterminator="\r"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gzip"])
+def test_a_table_of_any_form_and_encoding_gives_its_texts(name, encoding, tmp_path):
+    data = FORMS[name].encode("utf-8-sig" if encoding == "gzip" else encoding)
+    path = tmp_path / (name + ".gz" if encoding == "gzip" else name)
+    path.write_bytes(gzip.compress(data) if encoding == "gzip" else data)
+    plain = write_jsonl(tmp_path / "plain.jsonl", TEXTS)
+    assert both(prepare(path, tmp_path / "out")) == both(prepare(plain, tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("name", ["notes.md", "README", "A.TXT", "a.txt.gz", "a.pdf", "a.b.c"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_named_file_is_text_whatever_its_name_and_its_mark_is_none(name, encoding, tmp_path):
+    data = WINDOWS.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    out = prepare(tmp_path / name, tmp_path / "out", tokenizer="train:257")
+    assert "".join(both(out)) == WINDOWS
+
+
+def test_the_marks_in_files_that_were_joined_are_no_text(tmp_path):
+    jsonl, text = FORMS["a.jsonl"].encode("utf-8-sig"), f"one{EOT}\n".encode("utf-8-sig")
+    (tmp_path / "a.jsonl").write_bytes(jsonl * 2)
+    assert sorted(both(prepare(tmp_path / "a.jsonl", tmp_path / "a"))) == sorted(TEXTS * 2)
+    (tmp_path / "b.txt").write_bytes(text * 300)
+    out = prepare(tmp_path / "b.txt", tmp_path / "b", separator=EOT, tokenizer="train:257")
+    assert not any("\ufeff" in text or "\n" in text for text in both(out))
+
+
+def test_utf16_of_either_order_is_read(tmp_path):
+    for name, mark in (("utf-16-le", codecs.BOM_UTF16_LE), ("utf-16-be", codecs.BOM_UTF16_BE)):
+        (tmp_path / f"{name}.txt").write_bytes(mark + UNIX.encode(name))
+        out = prepare(tmp_path / f"{name}.txt", tmp_path / name, tokenizer="train:257")
+        assert "".join(both(out)) == UNIX
+
+
+def test_a_folder_gives_all_forms_and_skips_and_counts_json_that_holds_no_texts(tmp_path, capsys):
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.jsonl", "a.json", "a.csv", "TEXTS.JSON"):
+        (folder / "deep" / name).write_text(FORMS[name], "utf-8", newline="")
+    (folder / "A.Txt").write_text("an upper-case name")
+    (folder / "notes.md").write_text("not asked for")
+    bad = {
+        "config": "{}",
+        "list": "[1, 2]",
+        "mixed": '["a", 1]',
+        "cut": '["a"',
+        "deep": "[" * 10**5,
+    }
+    for name, text in bad.items():
+        (folder / f"{name}.json").write_text(text)
+    (folder / "latin1.json").write_bytes(b'["\xe9"]')
+    out = prepare(folder, tmp_path / "out")
+    assert sorted(both(out)) == sorted([*TEXTS * 4, "an upper-case name"])
+    assert list(json.loads((out / "meta.json").read_bytes())["skipped"].values()) == [6]
+    assert "skipped 6 .json files" in capsys.readouterr().out
+
+
+def test_a_data_directory_inside_its_input_can_be_prepared_again(tmp_path, small_batches):
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    for out in (tmp_path, tmp_path / "deep/er"):
+        arguments = ["--input", str(tmp_path), "--tokenizer", "train:300", "--out_dir", str(out)]
+        assert run_killed(arguments, 4) == -signal.SIGKILL
+        assert fineweb.main(arguments) == 0
+        assert not fineweb.prepare_files([str(tmp_path)], out, tokenizer="train:300")
+        shutil.rmtree(out) if out != tmp_path else [f.unlink() for f in out.glob("[!a]*")]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "csv", "parquet"])
+def test_nulls_are_empty_documents_in_every_form(form, tmp_path):
+    path = tmp_path / f"a.{form}"
+    texts = [None if i % 3 == 0 else text for i, text in enumerate(TEXTS)]
+    if form == "parquet":
+        write_parquet(path, texts)
+    elif form == "csv":
+        path.write_text(csv_of(texts) + "150,\n151\n", "utf-8", newline="")
+    else:
+        rows = [{"text": text} for text in texts]
+        data = json.dumps(rows) if form == "json" else "\n".join(map(json.dumps, rows))
+        path.write_text(data)
+    out = prepare(path, tmp_path / "out")
+    assert sorted(both(out)) == sorted(text for text in texts if text)
+    skipped = json.loads((out / "meta.json").read_bytes())["skipped"]
+    assert skipped == {"empty documents": 52 if form == "csv" else 50}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "csv", "parquet"])
+def test_when_the_field_is_missing_the_fields_that_there_are_are_listed(form, tmp_path, capsys):
+    path, rows = tmp_path / f"a.{form}", [{"content": "a", "Text ": "b"}] * 5
+    if form == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(__import__("pyarrow").Table.from_pylist(rows), path)
+    elif form == "csv":
+        path.write_text("content,Text \na,b\n")
+    else:
+        data = json.dumps(rows) if form == "json" else "\n".join(map(json.dumps, rows))
+        path.write_text(data)
+    assert fineweb.main(["--input", str(path), "--out_dir", str(tmp_path / "out")]) == 1
+    err = capsys.readouterr().err
+    assert f"{path}: " in err and "--text_field" in err and "'content', 'Text '" in err
+    assert err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_field_of_csv_may_have_any_length_and_hold_quotes_and_line_ends(tmp_path):
+    texts = ['She said "no",\r\nand left.\n' * 20000, "short"]  # 520,000 characters
+    (tmp_path / "a.csv").write_text(csv_of(texts), "utf-8", newline="")
+    out = prepare(tmp_path / "a.csv", tmp_path / "out", tokenizer="train:257")
+    assert sorted(both(out)) == sorted(texts)
+
+
+JOINS = ["<|endoftext|>", "\n<|endoftext|>\n", "\r\n<|endoftext|>\r\n\r\n", "\n\n<|endoftext|>"]
+
+
+@pytest.mark.parametrize("join", JOINS)
+def test_a_separator_makes_documents_and_line_ends_beside_it_are_no_text(join, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(join.join(SEPARATED), "utf-8", newline="")
+    out = prepare(tmp_path / "a.txt", tmp_path / "out", separator=EOT)
+    assert sorted(both(out)) == sorted(SEPARATED)
+    assert json.loads((out / "meta.json").read_bytes())["arguments"]["separator"] == EOT
+    said = capsys.readouterr().out
+    assert "stands" not in said and "skipped" not in said
+
+
+@pytest.mark.parametrize("separator", [EOT, "\n", "aa", "x", "=====\n", "東京"])
+@settings(max_examples=times(60, 1000))
+@given(data=st.data())
+def test_a_separator_across_the_border_of_two_blocks_is_found(separator, tmp_path, data):
+    piece = st.sampled_from([separator, separator[:-1], separator[1:], "a", "x\n", "b", "é\r\n"])
+    text = data.draw(st.lists(piece, min_size=1).map("".join))
+    size = data.draw(st.integers(1, 9))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    corpus = fineweb.Corpus([tmp_path / "a.txt"], 0.1, separator=separator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fineweb, "BATCH_CHARS", size)
+        found = ["".join(document()) for document in corpus.documents()]
+    stripped = [part.strip("\r\n") for part in text.split(separator)]
+    assert found == [part for part in stripped if part]
+
+
+@settings(max_examples=times(60, 1000))
+@given(
+    parts=st.lists(st.sampled_from([EOT, EOT[:-1], EOT[3:], "a", "é\n"])), size=st.integers(1, 30)
+)
+def test_marks_across_the_border_of_two_blocks_are_counted(tmp_path, parts, size):
+    (tmp_path / "a.txt").write_text("".join(parts), "utf-8")
+    corpus = fineweb.Corpus([tmp_path / "a.txt"], 0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fineweb, "BATCH_CHARS", size)
+        assert "".join(corpus.blocks(tmp_path / "a.txt")) == "".join(parts)
+    assert sum(corpus.marks.values()) == "".join(parts).count(EOT)
+
+
+def test_a_large_file_with_separators_is_read_in_bounded_memory(tmp_path):
+    with (tmp_path / "a.txt").open("w") as file:
+        for i in range(200):
+            file.write(f"{i} " * 30_000 + "\n<|endoftext|>\n")
+    corpus = fineweb.Corpus([tmp_path / "a.txt"], 0.1, separator=EOT)
+    tracemalloc.start()
+    assert sum(1 for _ in corpus.documents()) == 200
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5e6 < 0.25 * (tmp_path / "a.txt").stat().st_size
+
+
+def test_a_document_between_separators_that_is_too_long_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb, "MAX_CHARS", 1000)
+    monkeypatch.setattr(fineweb, "BATCH_CHARS", 100)
+    (tmp_path / "a.txt").write_text("a" * 900 + EOT + "b" * 1200)
+    with pytest.raises(ValueError, match="a.txt: no --separator within 1,000 characters"):
+        prepare(tmp_path / "a.txt", tmp_path / "out", separator=EOT)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_killed_among_separated_texts_it_ends_with_the_same_bytes(tmp_path, small_batches):
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(SEPARATED), "utf-8", newline="")
+    options = dict(separator=EOT, tokenizer="train", val_fraction=0.2)
+    whole = contents(prepare(tmp_path / "a.txt", tmp_path / "whole", **options))
+    arguments = ["--input", str(tmp_path / "a.txt"), "--tokenizer", "train", "--separator", EOT]
+    arguments += ["--val_fraction", "0.2", "--shard_tokens", "1500"]
+    arguments += ["--out_dir", str(tmp_path / "killed")]
+    codes = [run_killed(arguments, kill_at) for kill_at in (3, 6.5, 11, 0)]
+    assert codes == [-signal.SIGKILL] * 3 + [0] and contents(tmp_path / "killed") == whole
+
+
+def test_the_mark_as_text_is_told_with_the_way_out(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(SEPARATED), "utf-8")
+    for size in (100, 1 << 18):  # read in blocks, and at once
+        monkeypatch.setattr(fineweb, "BATCH_CHARS", size)
+        out = prepare(tmp_path / "a.txt", tmp_path / f"out{size}")
+        told = [line for line in capsys.readouterr().out.split("\n") if EOT in line]
+        assert len(told) == 1 and "149 times" in told[0] and f"--separator '{EOT}'" in told[0]
+        assert len(both(out)) == 2  # one document, split by position
+
+
+def test_a_line_end_as_separator_can_be_written_in_any_shell(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\n\r\ntwo\r\nthree" + b"\r\nfour" * 300)
+    arguments = ["--input", str(tmp_path / "a.txt"), "--tokenizer", "train:257"]
+    arguments += ["--out_dir", str(tmp_path / "out"), "--separator", r"\n"]
+    assert fineweb.main(arguments) == 0
+    assert sorted(both(tmp_path / "out")) == sorted(["one", "two", "three", *["four"] * 300])
+
+
+def test_train_chooses_the_vocabulary_from_the_size_of_the_text(tmp_path):
+    sizes = {1: 512, 10**6: 1024, 1_115_394: 1024, 96 * 10**5: 4096, 10**7: 4096}
+    sizes |= {10**8: 8192, 10**9: 32768, 10**11: 50257}
+    assert {n_bytes: fineweb.choose_vocab_size(n_bytes) for n_bytes in sizes} == sizes
+    path = tmp_path / "a.txt"
+    path.write_text(" ".join(f"{i:x}" for i in range(50_000)))
+    out = prepare(path, tmp_path / "out", tokenizer="train")
+    assert fineweb.load_tokenizer(out).n_vocab == 512
+
+
+def test_train_takes_a_smaller_vocabulary_where_a_text_has_no_more_merges(tmp_path):
+    (tmp_path / "a.txt").write_text("A file that an editor saved.\n" * 500)
+    out = prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer="train")
+    assert 257 < fineweb.load_tokenizer(out).n_vocab < 300
+
+
 # --------------------------------------------------------------------------------- FineWeb-Edu
 
 
@@ -489,11 +738,12 @@ def test_each_wrong_line_is_named_and_can_be_skipped_and_counted(tmp_path, capsy
     good = json.dumps({"text": "good " * 50}).encode()
     bad = {
         b"{": "not JSON",
-        b'"text"': "no text under 'text'",
-        b'{"txt": "a"}': "no text under 'text'",
-        b'{"text": null}': "no text under 'text'",
+        b"5": "no text under 'text'",
+        b'{"txt": "a", "b": 1}': "no text under 'text' .*'txt', 'b'",
+        b'{"text": 5}': "no text under 'text'",
         b'{"text": ["a"]}': "no text under 'text'",
         b'{"text": "\xff"}': "not UTF-8",
+        b'{"id": "\xff", "text": "a"}': "not UTF-8",
         b'{"text": "\\ud800"}': "surrogates",
         b"[" * 100_000: "not JSON",
     }
@@ -509,8 +759,8 @@ def test_each_wrong_line_is_named_and_can_be_skipped_and_counted(tmp_path, capsy
     )
     assert sorted(both(out)) == ["also " * 50, "good " * 50]
     skipped = json.loads((out / "meta.json").read_bytes())["skipped"]
-    assert skipped == {"bad lines": 8, "empty documents": 1}
-    assert "skipped 8 bad lines" in capsys.readouterr().out
+    assert skipped == {"bad lines": 9, "empty documents": 1}
+    assert "skipped 9 bad lines" in capsys.readouterr().out
 
 
 def damaged_gzip(path):
@@ -525,9 +775,23 @@ BAD_FILES = {
     "empty.jsonl": (lambda path: path.write_bytes(b'{"text": ""}\n\n'), "no document"),
     "cut.jsonl.gz": (damaged_gzip, "cut.jsonl.gz: .*ended before"),
     "no.jsonl.gz": (lambda path: path.write_bytes(b"a"), "no.jsonl.gz: Not a gzipped file"),
+    "quote.csv": (
+        lambda path: path.write_text('id,text\n1,"a\n2,b\n'),
+        "quote.csv: unexpected end",
+    ),
+    "header.csv": (lambda path: path.write_text("id,text\n"), "no document"),
+    "fields.csv": (lambda path: path.write_bytes(b"text\n\xe9\n"), "fields.csv: .*UTF-8"),
+    "object.json": (lambda path: path.write_text('{"data": ["a"]}'), "object.json: no JSON array"),
+    "lines.json": (lambda path: path.write_text('{"text": "a"}\n' * 2), "a line is a .jsonl"),
+    "number.json": (lambda path: path.write_text('["a", 1]'), "number.json: no JSON array"),
+    "half.json": (lambda path: path.write_text('["\\ud800"]'), "half.json: .*surrogates"),
+    "deep.json": (lambda path: path.write_text("[" * 10**5), "deep.json: no JSON array"),
+    "utf16.txt": (lambda path: path.write_bytes(b"\xff\xfea"), "utf16.txt: .*UTF-8"),
+    "mark.txt": (lambda path: path.write_bytes(b"\xef\xbb\xbf"), "no document"),
+    "no.txt.gz": (lambda path: path.write_bytes(b"a"), "no.txt.gz: Not a gzipped file"),
     "no.parquet": (lambda path: path.write_bytes(b"a" * 99), "no.parquet: .*[Pp]arquet"),
     "names.parquet": (lambda path: write_parquet(path, ["a"]), "names.parquet: .*text"),
-    "book.pdf": (lambda path: path.write_bytes(b"a"), r"\.txt, \.jsonl, \.jsonl\.gz, \.parquet"),
+    "book.pdf": (lambda path: path.write_bytes(b"%PDF-1.7\n%\xe2\xe3\xcf\xd3"), "UTF-8"),
     "missing.txt": (lambda path: None, "no such file"),
     "folder": (lambda path: path.mkdir(), "folder without any"),
 }
@@ -540,7 +804,7 @@ def test_a_bad_file_is_named_in_one_line_and_nothing_is_left(name, tmp_path, cap
     arguments = ["--input", str(tmp_path / name), "--out_dir", str(tmp_path / "out")]
     if name == "names.parquet":
         arguments += ["--text_field", "body"]
-        message = "no .body. .*text"
+        message = "no text under .body. .*among .text."
     assert fineweb.main([*arguments, "--tokenizer", "train:257"]) == 1
     out, err = capsys.readouterr()
     assert re.search(message, err) and err.startswith("error: ") and err.count("\n") == 1
@@ -557,6 +821,8 @@ def test_a_bad_file_is_named_in_one_line_and_nothing_is_left(name, tmp_path, cap
         (["--tokenizer", "gpt4"], "gpt2 or train:N"),
         (["--val_fraction", "0"], "between 0 and 1"),
         (["--val_fraction", "1"], "between 0 and 1"),
+        (["--separator", ""], "--separator is not empty"),
+        (["--input", os.devnull], "no such file or folder"),
     ],
 )
 def test_a_bad_argument_is_named_in_one_line_and_nothing_is_left(
@@ -622,6 +888,11 @@ def test_ctrl_c_ends_with_130_and_one_sentence(tmp_path, monkeypatch, capsys):
         capsys.readouterr().err
         == "\nstopped; the same command goes on after the last whole shard\n"
     )
+
+
+def test_it_runs_where_stdout_is_no_file_as_in_jupyter(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert fineweb.main(["--inspect", str(tmp_path)]) == 1
 
 
 def interrupt(*args):
