@@ -30,7 +30,7 @@ import re
 import sys
 import sysconfig
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -74,70 +74,112 @@ BYTES = VISIBLE + [b for b in range(256) if b not in VISIBLE]
 CHARS = [chr(b) for b in VISIBLE] + [chr(256 + i) for i in range(256 - len(VISIBLE))]
 CHAR_OF, BYTE_OF = dict(zip(BYTES, CHARS, strict=True)), dict(zip(CHARS, BYTES, strict=True))
 
-# OpenAI and Hugging Face write the same two files under different names.
+# A tokenizer's files: as OpenAI wrote them, as transformers does since version 5, and before.
 OPENAI_FILES, HF_FILES = ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")
+TOKENIZER_FILES = (OPENAI_FILES, ("tokenizer.json",), HF_FILES)
 
 
-def make_encoding(merged: Iterable[str]) -> Encoding:
-    """A tokenizer like GPT-2's with these merged tokens, spelled as in OpenAI's files."""
-    ranks = {bytes([b]): i for i, b in enumerate(BYTES)}
-    for token in merged:
-        ranks.setdefault(bytes(BYTE_OF[char] for char in token), len(ranks))
-    special = {EOT: len(ranks)}
+def find_merges(ids: dict[str, int]) -> list[str]:
+    """The merge of each token ("t h" for "th"): what the merges before it leave of its bytes."""
+    merges = []
+    for token, i in sorted(ids.items(), key=lambda item: item[1]):
+        parts = list(token)
+        while len(parts) > 2:
+            ranks = [ids.get(a + b, i) for a, b in zip(parts, parts[1:], strict=False)]
+            at = ranks.index(min(ranks))  # In any text the earliest merge goes first.
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append(" ".join(parts))
+    return merges
+
+
+def make_encoding(ids: dict[str, int], merges: list[str], added: Iterable[str] = ()) -> Encoding:
+    """The tokenizer of these ids and merges. Errors: ValueError where these do not go together."""
+    pairs = [merge.split(" ") for merge in merges]
+    ordinary = {*CHARS, *chain(*pairs), *map("".join, pairs)}
+    special = {token: ids[token] for token in ids.keys() - ordinary}
+    ranks = {token: ids[token] for token in ordinary}
+    if sorted(ids.values()) != list(range(len(ids))) or EOT not in special or "" in special:
+        raise ValueError(f"the ids are not 0, 1, 2 and so on, or {EOT} has none")
+    if find_merges(ranks) != merges:  # tiktoken gets the ids alone, and merges in their order.
+        raise ValueError("the ids are not in the order of the merges")
+    if other := special.keys() - {EOT, *added}:
+        raise ValueError(f"{min(other)!r} is neither a byte nor merged nor added")
+    ranks = {bytes(BYTE_OF[char] for char in token): i for token, i in ranks.items()}
     return Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 def token_ids(enc: Encoding) -> dict[str, int]:
     """The id of each token, spelled as in OpenAI's encoder.json."""
-    tokens = map(enc.decode_single_token_bytes, range(enc.n_vocab))
-    return {"".join(CHAR_OF[b] for b in token): i for i, token in enumerate(tokens)}
+    ids = {}
+    for i, token in enumerate(map(enc.decode_single_token_bytes, range(enc.n_vocab))):
+        ids[token.decode() if enc.is_special_token(i) else "".join(CHAR_OF[b] for b in token)] = i
+    return ids
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a file of a tokenizer lies in the folder."""
+    return any(Path(folder, name).exists() for name in chain(*TOKENIZER_FILES))
 
 
 def load_tokenizer(folder: str | Path | None = None) -> Encoding:
     """The tokenizer whose files lie in the folder. Without any it is GPT-2's.
 
+    Special and added tokens have their ids, but a text that spells them out is ordinary text.
     Errors: ValueError where the files make no tokenizer, OSError where GPT-2's is out of reach.
     """
-    pairs = [[Path(folder or "") / name for name in names] for names in (OPENAI_FILES, HF_FILES)]
-    encoder, merges = next((pair for pair in pairs if any(p.exists() for p in pair)), pairs[0])
-    if folder is None or not (encoder.exists() or merges.exists()):
+    if folder is None or not has_tokenizer(folder):
         try:
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as e:
-            raise OSError(
-                f"GPT-2's tokenizer is not here and cannot be downloaded ({type(e).__name__}): set"
-                " TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache from a machine that has network,"
-                " or train one of your own (--tokenizer train:8192)"
-            ) from e
-    with reading(f"{encoder} and {merges.name} make no tokenizer"):
-        # tiktoken has a reader for these files, but it remembers them by path. After a tokenizer
-        # has been trained anew, it would return the old one.
-        lines = merges.read_text("utf-8").split("\n")[1:]  # The first line says "#version: 0.2".
-        enc = make_encoding(line.replace(" ", "") for line in lines if line)
-        if json.loads(encoder.read_text("utf-8")) != token_ids(enc):
-            raise ValueError("their ids differ")
-    return enc
+            way_out = "set TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache, or --tokenizer train"
+            raise OSError(f"no tokenizer of GPT-2's ({type(e).__name__}): {way_out}") from e
+    forms = [[Path(folder, name) for name in names] for names in TOKENIZER_FILES]
+    paths = next(paths for paths in forms if any(map(Path.exists, paths)))
+    with reading(f"{' and '.join(map(str, paths))} make no tokenizer of GPT-2's kind"):
+        spec = json.loads(paths[0].read_text("utf-8"))
+        if len(paths) == 1:
+            return make_encoding(*parse_tokenizer_json(spec))
+        lines, extra = paths[1].read_text("utf-8").split("\n"), Path(folder, "added_tokens.json")
+        added = json.loads(extra.read_text("utf-8")) if extra.exists() else {}
+        merges = [line for line in lines if line and not line.startswith("#version")]
+        added |= spec if paths[0].name == HF_FILES[0] else {}  # There, any token may be special.
+        return make_encoding(spec | added, merges, added)
+
+
+def parse_tokenizer_json(spec: dict[str, Any]) -> tuple[dict[str, int], list[str], Iterable[str]]:
+    """Its ids, merges and added tokens. Errors: ValueError where it is not of GPT-2's kind."""
+    model, cutter, post = spec["model"], spec["pre_tokenizer"] or {}, spec["post_processor"] or {}
+    by_words = cutter.get("type") == "ByteLevel" and cutter.get("use_regex", True)
+    others = {
+        "model": model.get("type", "BPE") != "BPE" or model.get("dropout"),
+        "affix": model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"),
+        "normalizer": spec["normalizer"],
+        "pre_tokenizer": not by_words or cutter["add_prefix_space"],
+        "post_processor": post.get("special_tokens") or post.get("cls"),
+    }
+    for part in filter(others.get, others):
+        raise ValueError(f"its {part} is not GPT-2's")
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    return model["vocab"] | added, merges, added
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, or_fewer: bool = False) -> Encoding:
     """A byte-level BPE of vocab_size tokens that is learned from texts. <|endoftext|> is the last.
-
-    Errors: ValueError where there can be no such size, or where the texts have too few merges.
+    Errors: ValueError where there can be no such size, or the texts have too few merges for it.
     """
     if not 257 <= vocab_size <= 65536:
         raise ValueError(f"a tokenizer has 257 (bytes, {EOT}) to 65536 tokens: not {vocab_size}")
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer  # It cuts by PATTERN.
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # It cuts by PATTERN.
-    alphabet, size = pre_tokenizers.ByteLevel.alphabet(), vocab_size - 1
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    )
-    enc = make_encoding(a + b for a, b in json.loads(bpe.to_str())["model"]["merges"])
-    if enc.n_vocab < vocab_size and not or_fewer:
-        raise ValueError(f"this text has merges for {enc.n_vocab} tokens at most: not {vocab_size}")
-    return enc
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size - 1, min_frequency=0, show_progress=False)
+    merges = [" ".join(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    tokens = [*CHARS, *(merge.replace(" ", "") for merge in merges), EOT]
+    if len(tokens) < vocab_size and not or_fewer:
+        raise ValueError(f"this text has merges for {len(tokens)} tokens at most: not {vocab_size}")
+    return make_encoding({token: i for i, token in enumerate(tokens)}, merges)
 
 
 def choose_vocab_size(n_bytes: int) -> int:
@@ -145,31 +187,22 @@ def choose_vocab_size(n_bytes: int) -> int:
     return min(max(512, 2 ** round(np.log2(n_bytes or 1) / 2)), 50257)  # 4,096 for 10 MB
 
 
-def save_tokenizer(
-    enc: Encoding, folder: str | Path, names: tuple[str, str] = OPENAI_FILES
-) -> None:
+def save_tokenizer(enc: Encoding, folder: str | Path, names: Sequence[str] = OPENAI_FILES) -> None:
     """Write the two files in which OpenAI released GPT-2's tokenizer. Errors: OSError."""
     ids = token_ids(enc)
-    lines = ["#version: 0.2"]
-    for token, i in ids.items():
-        # tiktoken does not keep which two parts a token was merged from. They are what the earlier
-        # merges leave of the token's bytes. Of the possible merges, the earliest always goes first.
-        parts = list(token)
-        while len(parts) > 2:
-            ranks = [ids.get(a + b, len(ids)) for a, b in zip(parts, parts[1:], strict=False)]
-            at = ranks.index(min(ranks))
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2 and i != enc.eot_token:
-            lines.append(" ".join(parts))
-    write_file(Path(folder) / names[0], json.dumps(ids).encode())
-    write_file(Path(folder) / names[1], ("\n".join(lines) + "\n").encode())
+    special = {token: i for token, i in ids.items() if enc.is_special_token(i)}
+    merges = find_merges({token: ids[token] for token in ids.keys() - special.keys()})
+    if special.keys() != {EOT}:  # transformers lists added tokens in a third file.
+        write_json(Path(folder, "added_tokens.json"), special)
+    write_file(Path(folder, names[0]), json.dumps(ids).encode())
+    write_file(Path(folder, names[1]), "\n".join(["#version: 0.2", *merges, ""]).encode())
 
 
 def save_hf_tokenizer(enc: Encoding, folder: str | Path, block_size: int) -> None:
     """Write the files that transformers' AutoTokenizer reads. Errors: OSError."""
     save_tokenizer(enc, folder, names=HF_FILES)
     config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}
-    write_json(Path(folder) / "tokenizer_config.json", config)
+    write_json(Path(folder, "tokenizer_config.json"), config)
 
 
 @contextmanager
@@ -598,8 +631,8 @@ def open_record(out_dir: Path, arguments: dict[str, Any], streams: Iterable[str]
             if path.name == "progress.json" and record["positions"].keys() != set(streams):
                 raise ValueError(f"{path} is damaged: delete {out_dir}, make it again")
             return record
-    for path in [*out_dir.glob("*.npy"), *out_dir.glob("encoder.json"), *out_dir.glob("vocab.bpe")]:
-        raise ValueError(f"{path} is of another program: use another --out_dir")
+    if has_tokenizer(out_dir) or any(out_dir.glob("*.npy")):
+        raise ValueError(f"{out_dir} has files of another program: use another --out_dir")
     splits, positions = {s: Counter() for s in SPLITS}, {s: [0, 0, 0, 0] for s in streams}
     return dict(format_version=1, arguments=arguments, splits=splits, positions=positions)
 

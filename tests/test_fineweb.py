@@ -6,6 +6,7 @@ import errno
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -176,6 +177,227 @@ def test_without_gpt2s_tokenizer_the_way_out_is_told(monkeypatch):
     monkeypatch.setattr("tiktoken.get_encoding", fail("no network"))
     with pytest.raises(OSError, match="TIKTOKEN_CACHE_DIR"):
         fineweb.load_tokenizer()
+
+
+# ----------------------------------------------------------------- Tokenizers from elsewhere
+
+
+NOISE = (
+    "".join(map(chr, [*range(1, 0x250), 0x301, 0x3000, 0x6771, 0x1F99C])) + "  \n\n\t it's 'S 42"
+)
+
+
+@pytest.fixture(scope="session")
+def theirs(bpe, tmp_path_factory):
+    """A folder that transformers wrote, with added tokens of every kind."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("theirs")
+    (folder / "ours").mkdir()
+    fineweb.save_hf_tokenizer(bpe, folder / "ours", block_size=64)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "ours")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.add_tokens(["hello world", "日本", " the", "!"])  # The last is there already.
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_tokenizer_that_transformers_wrote_has_its_ids_and_added_tokens(theirs, tmp_path):
+    tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(theirs)
+    assert not (theirs / "vocab.json").exists()
+    enc = fineweb.load_tokenizer(theirs)
+    assert enc.n_vocab == len(tokenizer) == 404 and enc.eot_token == tokenizer.eos_token_id
+    ids = {token: i for token, i in fineweb.token_ids(enc).items() if i >= 400}
+    assert ids == {"[PAD]": 400, "hello world": 401, "日本": 402, " the": 403}
+    plain = pytest.importorskip("tokenizers").Tokenizer.from_file(str(theirs / "tokenizer.json"))
+    for text in [*TEXTS, NOISE]:
+        for added in [*ids, "!", EOT]:
+            text = text.replace(added, "-")
+        assert plain.encode(text).ids == tokenizer.encode(text)
+        assert enc.encode(text, disallowed_special=()) == tokenizer.encode(text)
+    assert enc.decode([400, 401, 402, 403]) == "[PAD]hello world日本 the"
+    spelled = "a[PAD] hello world" + EOT
+    assert max(enc.encode(spelled, disallowed_special=())) < 399  # ordinary text
+
+
+def test_a_tokenizer_with_added_tokens_comes_back_from_either_form(theirs, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    enc = fineweb.load_tokenizer(theirs)
+    (tmp_path / "openai").mkdir()
+    (tmp_path / "hf").mkdir()
+    fineweb.save_tokenizer(enc, tmp_path / "openai")
+    fineweb.save_hf_tokenizer(enc, tmp_path / "hf", block_size=64)
+    for folder in ("openai", "hf"):
+        again = fineweb.load_tokenizer(tmp_path / folder)
+        assert fineweb.token_ids(again) == fineweb.token_ids(enc)
+        assert again.eot_token == enc.eot_token
+        assert [again.is_special_token(i) for i in range(404)] == [i > 398 for i in range(404)]
+    tokenizers = [transformers.AutoTokenizer.from_pretrained(f) for f in (theirs, tmp_path / "hf")]
+    for text in [*TEXTS, NOISE, "a[PAD] hello world the 日本 the!"]:
+        assert tokenizers[0].encode(text) == tokenizers[1].encode(text)
+
+
+def test_gpt2s_tokenizer_comes_back_from_transformers(gpt2, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "ours").mkdir()
+    fineweb.save_hf_tokenizer(gpt2, tmp_path / "ours", block_size=1024)
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path)
+    assert fineweb.token_ids(fineweb.load_tokenizer(tmp_path)) == fineweb.token_ids(gpt2)
+
+
+def tokenizer_json(enc, **changes) -> dict:
+    """A tokenizer.json as transformers 4 wrote it: merges are strings."""
+    ids = fineweb.token_ids(enc)
+    merges = fineweb.find_merges({t: i for t, i in ids.items() if i != enc.eot_token})
+    cutter = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True)
+    model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="",
+                 end_of_word_suffix="", fuse_unk=False, vocab=ids, merges=merges)  # fmt: skip
+    added = [dict(id=enc.eot_token, content=EOT, single_word=False, lstrip=False, rstrip=False,
+                  normalized=True, special=True)]  # fmt: skip
+    spec = dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
+                pre_tokenizer=cutter, post_processor=cutter | {"trim_offsets": False},
+                decoder=cutter, model=model)  # fmt: skip
+    for key, value in changes.items():
+        part, _, name = key.partition("__")
+        spec[part] = spec[part] | {name: value} if name else value
+    return spec
+
+
+def test_an_older_tokenizer_json_is_the_same_tokenizer(bpe, tmp_path):
+    for form, join in (("strings", " ".join), ("lists", list)):
+        spec = tokenizer_json(bpe)
+        spec["model"]["merges"] = [join(merge.split()) for merge in spec["model"]["merges"]]
+        path = tmp_path / form / "tokenizer.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(spec), "utf-8")
+        assert fineweb.token_ids(fineweb.load_tokenizer(path.parent)) == fineweb.token_ids(bpe)
+
+
+def test_special_tokens_may_come_first(tmp_path):
+    """As tokenizers' ByteLevelBPETokenizer writes them."""
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.ByteLevelBPETokenizer()
+    theirs.train_from_iterator(TEXTS, vocab_size=320, special_tokens=["<pad>", EOT])
+    for form in ("json", "pair"):
+        (tmp_path / form).mkdir()
+    theirs.save(str(tmp_path / "json/tokenizer.json"))
+    theirs.save_model(str(tmp_path / "pair"))
+    for form in ("json", "pair"):
+        enc = fineweb.load_tokenizer(tmp_path / form)
+        assert (enc.eot_token, enc.n_vocab) == (1, 320)
+        for text in [*TEXTS, NOISE]:
+            assert enc.encode(text, disallowed_special=()) == theirs.encode(text).ids
+    (tmp_path / "again").mkdir()
+    fineweb.save_tokenizer(enc, tmp_path / "again")
+    again = fineweb.load_tokenizer(tmp_path / "again")
+    assert fineweb.token_ids(again) == fineweb.token_ids(enc) and again.eot_token == 1
+
+
+ADDS_EOT = {"type": "TemplateProcessing", "single": [], "special_tokens": {EOT: {"id": EOT}}}
+OTHER_KINDS = [
+    ("normalizer", dict(normalizer={"type": "NFC"})),
+    ("pre_tokenizer", dict(pre_tokenizer__add_prefix_space=True)),
+    ("pre_tokenizer", dict(pre_tokenizer=None)),
+    ("pre_tokenizer", dict(pre_tokenizer__use_regex=False)),
+    ("pre_tokenizer", dict(pre_tokenizer__type="Whitespace")),
+    ("post_processor", dict(post_processor=ADDS_EOT)),
+    ("post_processor", dict(post_processor={"type": "BertProcessing", "cls": ["a", 1]})),
+    ("model", dict(model__type="WordPiece")),
+    ("model", dict(model__dropout=0.1)),
+    ("affix", dict(model__continuing_subword_prefix="##")),
+    ("affix", dict(model__end_of_word_suffix="</w>")),
+    ("the ids are not 0, 1, 2", dict(added_tokens=[dict(id=500, content="<pad>")])),
+    ("the ids are not 0, 1, 2", dict(added_tokens=[dict(id=400, content="")])),
+    ("neither a byte nor merged nor added", dict(model__merges=[])),
+]
+
+
+@pytest.mark.parametrize("reason, changes", OTHER_KINDS)
+def test_a_tokenizer_json_of_another_kind_is_refused_with_the_reason(
+    reason, changes, bpe, tmp_path
+):
+    spec = tokenizer_json(bpe, **changes)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    with pytest.raises(ValueError, match=rf"tokenizer.json .*{reason}"):
+        fineweb.load_tokenizer(tmp_path)
+
+
+def test_merges_in_another_order_than_the_ids_are_refused(bpe, tmp_path):
+    spec = tokenizer_json(bpe)
+    spec["model"]["merges"] = spec["model"]["merges"][::-1]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    with pytest.raises(ValueError, match="order of the merges"):
+        fineweb.load_tokenizer(tmp_path)
+
+
+def test_a_folder_has_a_tokenizer_where_any_of_its_files_lies(bpe, tmp_path):
+    assert not fineweb.has_tokenizer(tmp_path) and not fineweb.has_tokenizer(tmp_path / "none")
+    for name in ("encoder.json", "vocab.bpe", "tokenizer.json", "vocab.json", "merges.txt"):
+        (tmp_path / name).write_text("")
+        assert fineweb.has_tokenizer(tmp_path)
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
+            fineweb.load_tokenizer(tmp_path)
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("form", ["encoder.json", "vocab.bpe", "tokenizer.json", "vocab.json",
+                                  "merges.txt", "added_tokens.json"])  # fmt: skip
+@settings(max_examples=times(60, 1000))
+@given(data=st.data())
+def test_any_tokenizer_file_is_a_tokenizer_or_named(form, data, tmp_path):
+    """One value in it is another, or gone, or one of its bytes is another."""
+    tiny = fineweb.train_tokenizer(["the the then"], 260)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    if form in ("encoder.json", "vocab.bpe"):
+        fineweb.save_tokenizer(tiny, tmp_path)
+    else:
+        fineweb.save_hf_tokenizer(tiny, tmp_path, block_size=64)
+    whole = {"added_tokens.json": {EOT: 259}, "tokenizer.json": tokenizer_json(tiny)}
+    path = tmp_path / form
+    if form in whole:
+        path.write_text(json.dumps(whole[form]))
+    content = path.read_bytes()
+    if form.endswith(".json") and data.draw(st.booleans()):
+        spec = json.loads(content)
+        if form == "tokenizer.json" and data.draw(st.booleans()):
+            spec["model"] = data.draw(broken(spec["model"]))
+            path.write_text(json.dumps(spec))
+        else:
+            path.write_text(json.dumps(data.draw(broken(spec))))
+    else:
+        at, byte = data.draw(st.integers(0, len(content))), data.draw(st.binary(max_size=2))
+        path.write_bytes(content[:at] + byte + content[at + 1 :])
+    try:
+        enc = fineweb.load_tokenizer(tmp_path)
+    except ValueError as e:
+        assert str(tmp_path) in str(e) and "\n" not in str(e)
+        return
+    assert len(fineweb.token_ids(enc)) == enc.n_vocab == len(fineweb.token_lengths(enc))
+    text = "the then ä\n 東"
+    assert enc.decode(enc.encode(text, disallowed_special=())) == text
+
+
+@settings(max_examples=times(100, 2000))
+@given(merges=st.lists(st.tuples(*[st.sampled_from("a b aa ab ba bb aab abb Ġa Ġ".split())] * 2),
+                       max_size=8))  # fmt: skip
+def test_any_merges_give_the_ids_of_the_tokenizers_library_or_are_refused(merges, tmp_path):
+    """tiktoken knows no merges, only ids. Where that would make a difference, they are refused."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokens = list(dict.fromkeys([*fineweb.CHARS, *(a + b for a, b in merges), EOT]))
+    spec = tokenizer_json(fineweb.train_tokenizer(["a"], 257))
+    spec["model"] |= dict(vocab={t: i for i, t in enumerate(tokens)}, merges=merges)
+    spec["added_tokens"][0]["id"] = len(tokens) - 1
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(spec))
+    try:
+        enc = fineweb.load_tokenizer(tmp_path)
+    except ValueError:
+        return
+    theirs = tokenizers.Tokenizer.from_file(str(path))
+    for length in range(1, 8):
+        for letters in itertools.product("ab", repeat=length):
+            text = "".join(letters)
+            assert enc.encode(text) == theirs.encode(text).ids
 
 
 # --------------------------------------------------------------------------------- Own data
