@@ -32,12 +32,12 @@ import sysconfig
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, partial
 from inspect import signature
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -240,6 +240,27 @@ def reading(what: object, way_out: str = "") -> Iterator[None]:
         reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
         hint = " (convert it to UTF-8)" if isinstance(e, UnicodeError) else way_out
         raise ValueError(f"{what}: {reason}{hint}") from e
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Make a folder, and wait until no other process writes there. A killed process frees it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / "lock")
+    for timeout in chain([0], repeat(-1)):
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(Timeout, FileNotFoundError):  # One that failed has removed the folder.
+            lock.acquire(timeout)
+            break
+        print(f"{folder}: another process prepares this; waiting for it", flush=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows keeps the lock for now. A folder that has files stays.
+            (folder / "lock").unlink()
+            folder.rmdir()
+        lock.release()
 
 
 # ------------------------------------------------------------------------------------- Reading
@@ -651,34 +672,34 @@ def prepare(out_dir: Path, source: Any, arguments: dict[str, Any], workers: int 
     tokenizer, meta, progress = arguments["tokenizer"], *map(out_dir.joinpath, RECORDS)
     if not re.fullmatch(r"gpt2|train(:\d+)?", tokenizer):
         raise ValueError(f"--tokenizer is gpt2 or train:N or train: not {tokenizer}")
-    record = open_record(out_dir, arguments, source.streams)
-    if meta.exists():
-        progress.unlink(missing_ok=True)  # It may have been stopped before it could do this.
-        return False
-    parts = source.parts  # What is wrong shows here, before the first file is written.
-    train = tokenizer != "gpt2" and not (out_dir / "vocab.bpe").exists()  # the second of two
-    if train:
-        size = tokenizer[6:] or choose_vocab_size(sum(f.stat().st_size for f in source.files))
-        print(f"{out_dir}: training a tokenizer of {size} tokens", flush=True)
-        or_fewer = {} if tokenizer[6:] else {"or_fewer": True}
-        enc = train_tokenizer(training_texts(parts[0]), int(size), **or_fewer)
-    else:
-        enc = load_tokenizer(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    write_json(progress, record)
-    if train:
-        save_tokenizer(enc, out_dir)
-    write_shards(out_dir / source.prefix, enc, source, record, workers or os.cpu_count() or 1)
-    for split, n in record["splits"].items():
-        if not n["tokens"]:
-            raise ValueError(f"{out_dir}: no text is left for {split}: delete it, add text")
-        print(f"{out_dir}: {n['tokens']:,} {split} tokens of {n['documents']:,} documents")
-    for what, n in source.skipped.items():
-        print(f"{out_dir}: skipped {n:,} {what}")
-    del record["positions"]
-    write_json(meta, record | {"n_vocab": enc.n_vocab, "skipped": source.skipped})
-    progress.unlink()
-    return True
+    with nullcontext() if meta.exists() else sole_writer(out_dir):  # A disk may be read-only.
+        record = open_record(out_dir, arguments, source.streams)
+        if meta.exists():
+            progress.unlink(missing_ok=True)  # It may have been stopped before it could do this.
+            return False
+        parts = source.parts  # What is wrong shows here, before the first file is written.
+        train = tokenizer != "gpt2" and not (out_dir / "vocab.bpe").exists()  # the second of two
+        if train:
+            size = tokenizer[6:] or choose_vocab_size(sum(f.stat().st_size for f in source.files))
+            print(f"{out_dir}: training a tokenizer of {size} tokens", flush=True)
+            or_fewer = {} if tokenizer[6:] else {"or_fewer": True}
+            enc = train_tokenizer(training_texts(parts[0]), int(size), **or_fewer)
+        else:
+            enc = load_tokenizer(out_dir)
+        write_json(progress, record)
+        if train:
+            save_tokenizer(enc, out_dir)
+        write_shards(out_dir / source.prefix, enc, source, record, workers or os.cpu_count() or 1)
+        for split, n in record["splits"].items():
+            if not n["tokens"]:
+                raise ValueError(f"{out_dir}: no text is left for {split}: delete it, add text")
+            print(f"{out_dir}: {n['tokens']:,} {split} tokens of {n['documents']:,} documents")
+        for what, n in source.skipped.items():
+            print(f"{out_dir}: skipped {n:,} {what}")
+        del record["positions"]
+        write_json(meta, record | {"n_vocab": enc.n_vocab, "skipped": source.skipped})
+        progress.unlink()
+        return True
 
 
 def open_shards(data_dir: str | Path, split: str) -> list[tuple[Path, np.ndarray]]:

@@ -953,6 +953,86 @@ def test_shards_of_other_programs_are_not_overwritten(tmp_path):
         prepare(path, tmp_path)
 
 
+# ----------------------------------------------------------------------- Two at the same time
+
+PREPARE = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import fineweb
+if sys.argv[2] == "slow":
+    def slowly(*args, make_batches=fineweb.make_batches):
+        for batch in make_batches(*args):
+            print("begun", flush=True)
+            time.sleep(0.2)
+            yield batch
+    fineweb.make_batches = slowly
+fineweb.BATCH_CHARS = 2000
+sys.exit(fineweb.main(sys.argv[3:]))
+"""
+
+
+def start(pace: str, arguments: list[str]) -> subprocess.Popen:
+    command = [sys.executable, "-c", PREPARE, str(ROOT), pace, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_two_that_prepare_the_same_folder_both_end_with_the_whole_of_it(
+    killed, tmp_path, small_batches
+):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS[:60])
+    whole = contents(prepare(path, tmp_path / "whole", val_fraction=0.01))
+    arguments = ["--input", str(path), "--tokenizer", "train:300", "--shard_tokens", "1500"]
+    arguments += ["--out_dir", str(tmp_path / "out")]
+    first = start("slow", arguments)
+    while "begun" not in first.stdout.readline():
+        pass
+    second = start("fast", arguments)
+    assert "another process prepares" in second.stdout.readline()
+    if killed:
+        first.kill()
+    out, err = second.communicate(timeout=60)
+    first.communicate(timeout=60)
+    assert second.returncode == 0, err
+    assert (first.returncode == 0) == (not killed)
+    assert ("finished already" in out) == (not killed)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_many_that_start_at_once_all_end_with_the_whole_of_it(tmp_path, small_batches):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS[:60])
+    whole = contents(prepare(path, tmp_path / "whole", val_fraction=0.01))
+    arguments = ["--input", str(path), "--tokenizer", "train:300", "--shard_tokens", "1500"]
+    arguments += ["--out_dir", str(tmp_path / "out")]
+    started = [start("fast", arguments) for _ in range(4)]
+    for process in started:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+    assert contents(tmp_path / "out") == whole
+
+
+def test_one_that_waits_for_one_that_fails_fails_in_its_turn(tmp_path):
+    """The folder disappears while the second waits for it."""
+    code = "import fineweb, pathlib, sys, time\n"
+    code += "with fineweb.sole_writer(pathlib.Path(sys.argv[1])): print('in', flush=True);"
+    code += " time.sleep(float(sys.argv[2]))"
+    commands = [[sys.executable, "-c", code, str(tmp_path / "out"), s] for s in ("1", "0")]
+    first = subprocess.Popen(commands[0], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "in\n"
+    second = subprocess.run(commands[1], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    first.communicate(timeout=60)
+    assert second.returncode == 0 and second.stdout.endswith("in\n"), second.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_directory_on_a_disk_that_cannot_be_written_is_left_alone(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    prepare(path, tmp_path / "out")
+    monkeypatch.setattr(fineweb, "sole_writer", fail("read-only"))
+    assert not fineweb.prepare_files([str(path)], tmp_path / "out", tokenizer="train:300",
+                                     val_fraction=0.1, shard_tokens=1500)  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------- Bad input
 
 
