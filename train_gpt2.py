@@ -1,44 +1,53 @@
 """GPT-2 in one file: the model, its training, and the text that it writes.
 
     python train_gpt2.py                       trains a small GPT-2 on this computer, in minutes
-    python train_gpt2.py --generate "def "     continues this text with the newest model
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py            trains GPT-2 124M on 8 GPUs
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py --resume   goes on after a stop
+    python train_gpt2.py --generate "def "     lets the newest model continue this text
+    python fineweb.py                          downloads 10 billion tokens, on which …
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py            … 8 GPUs train GPT-2 124M
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py --resume   goes on where that stopped
 
 The file is meant to be read from top to bottom. Its first part is GPT-2 itself, in the order in
 which one learns it. Its second part is the machinery around a training run: options, workers,
 checkpoints, the log. `--help` lists the options.
+
+Notation in all files of this project:
+    B   sequences in a batch                     nh  attention heads in a block (n_head)
+    T   tokens in a sequence                     hs  the size of a head: C / nh
+    C   channels of a token's vector (n_embd)    L   blocks (n_layer)
+    V   tokens in the vocabulary (vocab_size)
+A comment like # (B, T, C) gives the shape of the tensor that its line makes. () is one number.
 
 A language model reads text as tokens. A token is a frequent piece of text, and the model sees only
 its number, the id:
 
     "The cat sat on the"  →  "The" " cat" " sat" " on" " the"  →  464 3797 3332 319 262
 
-Byte-pair encoding (BPE) has chosen the pieces. It starts with the 256 bytes as tokens, and then
-makes the two neighbours that are most frequent in a large text into a new token, again and again.
-So any text can be written in tokens: a frequent word is one token, a rare word is several.
+Byte-pair encoding (BPE) chose these pieces. It starts from the 256 bytes, each of which is a token,
+so any text can be written in tokens. Then it takes a large text, finds the pair of neighbouring
+tokens that is most frequent there, and makes it a new token. It repeats this 50,000 times. In the
+end a frequent word is one token, and a rare word is several.
 
-GPT-2 predicts which token comes next, for each of T tokens at the same time:
+GPT-2 takes T tokens, and predicts for each of them which token comes next:
 
     ids (B, T) ─wte, wpe─▶ x (B, T, C) ─L blocks─▶ x (B, T, C) ─ln_f, lm_head─▶ logits (B, T, V)
 
 Each token becomes a vector of C numbers. It is the sum of one vector for what the token is (wte)
 and one for where it stands (wpe). This vector is called the residual stream, because every block
-only adds to it. A block adds twice: first attention adds what the token gathers from the tokens
-before it, then the MLP adds what it computes from this token alone. At the end lm_head compares the
-vector with the vectors of all V tokens of the vocabulary. The results are V scores, the logits, and
-the softmax function turns them into V probabilities that sum to 1.
+only adds to it. A block adds twice. First attention adds what the token gathers from itself and the
+tokens before it. Then the MLP adds what it computes from this token alone. At the end ln_f scales
+the vector, and lm_head takes its dot product with a vector for each of the V tokens. The results
+are V scores, the logits z. The softmax function turns them into probabilities that sum to 1:
+
+    p_i = e^z_i / (e^z_1 + … + e^z_V)
 
 Training shows the model text whose next tokens are known. The loss at a position is -ln p, where p
-is the probability that the model gave to the true next token. A step of training changes every
-weight a little, in the direction in which the loss falls.
-
-Notation in all files of this project:
-    B   sequences in a batch                  nh  attention heads in a block (n_head)
-    T   tokens in a sequence                  hs  the size of a head: C / nh
-    C   channels of a token's vector (n_embd) L   blocks (n_layer)
-    V   tokens in the vocabulary (vocab_size)
-A comment like # (B, T, C) gives the shape of the tensor that its line makes.
+is the probability that the model gave to the true next token. The gradient of the loss says, for
+each weight, how the loss changes if the weight grows a little. PyTorch records all operations from
+the weights to the loss, and loss.backward() goes back through them by the chain rule. So one
+backward pass gives the gradient for all weights. Then each weight takes a small step in the
+direction in which the loss falls. Before training the loss is near 11, as if all tokens were
+equally likely. OpenAI's GPT-2 small reaches 3.29 on web text (FineWeb-Edu; the figure is from
+build-nanogpt's play.ipynb). It is then as unsure as if it chose among e^3.29 = 27 tokens.
 
 The papers: "GPT-2" is Radford et al. 2019, Language Models are Unsupervised Multitask Learners.
 "GPT-3" is Brown et al. 2020, arXiv:2005.14165. Its appendix B has the details of training that the
@@ -87,8 +96,8 @@ class GPTConfig:
 
     # The longest sequence that the model can read, in tokens.
     block_size: int = 1024
-    # The rows of wte. GPT-2 has 50257 tokens: 256 bytes, 50000 merges, and <|endoftext|>. Training
-    # has a few rows more by default, because it rounds up to a multiple of 128.
+    # The tokens of the vocabulary. GPT-2 has 256 bytes, 50000 merges and <|endoftext|>, with which a
+    # text begins. By default, training rounds the number up to a multiple of 128.
     vocab_size: int = 50257
     # The number of blocks.
     n_layer: int = 12
@@ -110,65 +119,78 @@ class CausalSelfAttention(nn.Module):
 
     (B, T, C) → (B, T, C). Vaswani et al. 2017, arXiv:1706.03762, section 3.2.
 
-    From each token's vector three others are made. The query says what the token looks for, the key
-    says what it can be found by, and the value is what it hands over when it is found.
+    Each token's vector gives three others. The query says what the token looks for, the key says
+    what it can be found by, and the value is what it hands over when it is found.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        # One matrix makes queries, keys and values, as one large product is faster than three.
+        # One matrix makes queries, keys and values, because one large product is faster than three.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None):
-        """mask and cache serve evaluation and generation: see GPT.hidden. Training has neither."""
+        """Training gives x alone. mask serves HellaSwag, and cache serves GPT.generate."""
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
-        # The channels are cut into nh heads, each of which looks for something else. This moves no
-        # number: view and transpose only change how the same memory is indexed.
+        # The channels are cut into nh heads, each of which looks for something different. No number
+        # moves: view and transpose only change how the same memory is indexed.
         hs = C // self.n_head
         q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, nh, tokens so far, hs) each
-        if formula_is_faster(q, mask):
-            # A score says how well a query and a key match. It is a sum of hs products. If these
-            # have variance 1, the sum has variance hs, and dividing by √hs brings it back to 1.
-            # Without that, softmax would give nearly all weight to one token from the start, and
-            # the others would hardly get a gradient from which to learn.
-            scores = (q / math.sqrt(hs)) @ k.mT  # (B, nh, T, T): a row for each query
-            # No token may look at later ones. Training asks each token for its successor. If the
-            # successor could be seen, copying it would bring the loss near 0, and the model would
-            # be worthless for writing, where there is no successor to copy yet. A score of -∞
-            # becomes a weight of 0, because e^-∞ = 0.
-            later = torch.full((T, T), -math.inf, device=x.device, dtype=q.dtype).triu(1)  # (T, T)
-            weights = (scores + later).softmax(dim=-1)  # (B, nh, T, T): each row sums to 1
-            weights = F.dropout(weights, self.dropout, self.training)
-            y = weights @ v  # (B, nh, T, hs): for each query the weighted sum of the values
-        else:
-            # This call computes the same. On a GPU it is FlashAttention (arXiv:2205.14135), which
-            # never holds a whole (T, T) matrix. is_causal means the mask from above. While the
-            # cache is in use, T is 1: the only query is the newest token, which may see all keys.
-            dropout = self.dropout if self.training else 0.0
-            causal = mask is None and T > 1
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)  # (B, nh, T, hs)
+        y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # the results of all heads, side by side
         return self.resid_dropout(self.c_proj(y))  # c_proj lets the channels of all heads mix
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """softmax(q·kᵀ / √hs + mask)·v, which is (B, nh, T, hs). An example of one head, T = 3:
+
+                      q·kᵀ / √hs + mask          weights: the softmax of each row
+                      The    cat    sat          The    cat    sat
+            The       0.4    -∞     -∞           1.00   0      0
+            cat       1.0    2.0    -∞           0.27   0.73   0
+            sat       1.0    2.0    0.0          0.24   0.67   0.09
+
+        Here "sat" gathers 0.24 of the value of "The", 0.67 of that of "cat", and 0.09 of its own.
+        """
+        dropout = self.dropout if self.training else 0.0
+        if kernel_is_faster(q, mask):
+            # One call does all that the lines below do. On a GPU it is FlashAttention
+            # (arXiv:2205.14135), which never holds a whole (T, T) matrix. is_causal stands for the
+            # mask below. A single query, the newest token while writing, needs no mask.
+            causal = mask is None and q.size(2) > 1
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+
+        # A score says how well a query and a key match. It is a sum of hs products. Were these
+        # independent with variance 1, the sum would have variance hs. Dividing by √hs brings it
+        # back to 1. Softmax of much larger scores gives nearly all weight to one token, and then
+        # hardly any gradient reaches the others.
+        scores = (q / math.sqrt(q.size(-1))) @ k.mT  # (B, nh, T, T): a row for each query
+        # No token may look at later ones. Training asks each token for its successor. If it could
+        # see the successor, it would only have to copy it. The loss would fall to nearly 0, and the
+        # model would be useless for writing, where the next token does not exist yet. So the scores
+        # of later tokens, above the diagonal, become -∞, and their weights e^-∞ = 0.
+        mask = torch.full_like(scores[0, 0], -math.inf).triu(1)  # (T, T)
+        weights = (scores + mask).softmax(dim=-1)  # (B, nh, T, T): each row sums to 1
+        weights = F.dropout(weights, dropout)
+        return weights @ v  # (B, nh, T, hs): for each query the weighted sum of the values
+
 
 class MLP(nn.Module):
-    """Computes something from each token's vector by itself.
+    """Computes something from each token's vector, without looking at the other tokens.
 
     (B, T, C) → (B, T, C). c_fc compares the vector with 4C learned patterns. GELU keeps the matches
-    and drops the rest. For each match, c_proj adds a learned vector to the result.
+    and drops the rest. For each match, c_proj adds a learned vector to the result. The factor 4 is
+    that of Vaswani et al.
 
-    GELU (arXiv:1606.08415) is x·P(z < x) for a normal random number z. Far from 0 it is x or 0, as
-    ReLU is. Near 0 it is smooth, and it has a gradient where x is negative as well. GPT-2 used the
-    approximation with tanh. The factor 4 is that of Vaswani et al.
+    GELU (arXiv:1606.08415) is a smooth form of ReLU, which is max(x, 0). It has a gradient where x
+    is a little negative, too: GELU(-0.5) = -0.15. GPT-2 used an approximation of it by tanh.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -185,15 +207,16 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Communication between tokens (attention), then computation in each of them (MLP).
 
-    (B, T, C) → (B, T, C). Both add their result to the residual stream x. Both read it through a
-    LayerNorm, which works on each token's C numbers by themselves:
+    (B, T, C) → (B, T, C). Both add their result to the residual stream x. Both read the stream
+    through a LayerNorm, which treats each token's C numbers by themselves:
 
         y = (x - mean(x)) / √(variance(x) + 1e-5) · weight + bias
 
-    So they read numbers of one size, however large the stream has grown. weight and bias are two
-    learned vectors, (C,). The stream itself is never normalised (pre-norm; GPT-2, section 2.3).
-    Vaswani et al. normalised the stream after each addition (post-norm). Without that, gradients
-    flow from the last block to the first through additions alone, and so do not fade in between.
+    mean and variance are single numbers. weight and bias are learned vectors, (C,), that multiply
+    and add channel by channel. So attention and MLP read numbers of the same scale, however large
+    the stream has grown. The stream itself is never normalised (pre-norm; GPT-2, section 2.3). It
+    leads from the first block to the last through additions alone. Gradients go back the same way,
+    and therefore do not fade. Vaswani et al. normalised the stream after each addition (post-norm).
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -209,12 +232,12 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. Its parameters have the names that transformers gives them.
+    """GPT-2. Its parameters have the names that they have in Hugging Face's library transformers.
 
-    Dropout sets a random share of numbers to 0 in training and divides the others by the share that
-    is kept, so that the mean stays. This makes a model rely less on single numbers, which helps
-    where the same text is read many times. It acts in four places: on the sum of the two embeddings
-    (drop), on the weights of attention, and on what attention and the MLP add to the stream.
+    In training, dropout sets a random share of numbers to 0, and divides the others by the share
+    that is kept, so that the mean stays the same. The model then relies less on single numbers.
+    This helps if the same text is read many times. Dropout acts in four places: on the sum of the
+    two embeddings, on the weights of attention, on attention's result, and on the MLP's result.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -228,21 +251,21 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))  # fmt: skip
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # One tensor has two jobs (arXiv:1608.05859): wte looks a token up, lm_head scores it. What
-        # a token means where it is read and where it is predicted is then learned together. GPT-2
-        # small saves 38.6M parameters by this.
+        # One tensor has two jobs (arXiv:1608.05859): wte looks a token up, lm_head scores it. So the
+        # model learns together what a token means where it is read, and where it is predicted. This
+        # saves GPT-2 small 38.6M parameters.
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
     def hidden(self, idx: Tensor, pos: Tensor | None = None, mask: Tensor | None = None,
                caches: list[KVCache] | None = None) -> Tensor:  # fmt: skip
-        """Token ids idx (B, T) → the residual stream after the last LayerNorm, (B, T, C).
+        """Token ids idx (B, T) → the residual stream after ln_f, (B, T, C).
 
-        Training gives idx alone. The other arguments are:
-        pos (T,) or (B, T): the position of each token, if they are not 0, 1, 2, …
-        mask (B, 1, T, T): True where a query (row) may look at a key (column), if it is not the
-            causal mask.
-        caches: a KVCache for each block. Positions then go on behind the tokens in the cache.
+        Training gives idx alone. HellaSwag gives pos and mask, and GPT.generate gives caches:
+        pos (T,) or (B, T): the position of each token, if it is not 0, 1, 2, …
+        mask (B, 1, T, T): True where a query (row) may look at a key (column), if this is not every
+            key up to the query's own.
+        caches: a KVCache for each block, which holds the tokens before idx.
 
         Errors: ValueError if there are more tokens than block_size.
         """
@@ -251,9 +274,9 @@ class GPT(nn.Module):
             end, limit = start + idx.size(1), self.config.block_size
             require(end <= limit, f"{end} tokens are more than block_size={limit}")
             pos = torch.arange(start, end, device=idx.device)  # (T,)
-        # Looking up row i of wte gives what a product with a one-hot vector would give. Positions
-        # have learned rows too, and so there are none beyond block_size. Without positions,
-        # attention would see the tokens before it as an unordered set.
+        # A look-up takes a row out of a table. wpe is a table as well, of learned vectors, and it
+        # ends at block_size. Attention needs it, because a weighted sum has no order: without
+        # positions a token would see the tokens before it as an unordered set.
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
@@ -264,36 +287,36 @@ class GPT(nn.Module):
         """Token ids idx (B, T) → logits (B, T, V). With targets (B, T) → the mean loss in nats, ().
 
         targets are the tokens that really come next. A sequence trains T predictions in one pass,
-        each of them from the true tokens before it ("teacher forcing"). The loss is their mean
-        cross entropy. Its unit is the nat, as the logarithm is the natural one:
+        each of them from the true tokens before it ("teacher forcing"). The loss is the mean of
+        their cross entropies -ln p. Its unit is the nat, because ln is the natural logarithm:
 
-            the true token got p = 0.25:        -ln 0.25    =  1.39 nats
-            all 50257 tokens equally likely:    -ln 1/50257 = 10.82 nats
+            the true token got p = 0.25:        -ln(0.25)    =  1.39 nats
+            all 50257 tokens equally likely:    -ln(1/50257) = 10.82 nats
 
-        The gradient of a logit is the probability that softmax gives it, minus 1 if it is the true
-        token's: what the model believes minus what is true.
+        The gradient of the loss with respect to a logit is the token's probability p, minus 1 if it
+        is the true one, divided by B·T: what the model believes minus what is true.
         """
         x = self.hidden(idx)  # (B, T, C)
-        if targets is not None and loss_pays_in_chunks(x):
-            return ChunkedLoss.apply(x, self.lm_head.weight, targets)  # the same in less memory
-        logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            return self.lm_head(x)  # (B, T, V)
+        if saves_memory_in_chunks(x):  # on a CPU: the same number as below
+            return ChunkedLoss.apply(x, self.lm_head.weight, targets)
+        logits = self.lm_head(x).float()  # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw matrices from a normal distribution, standard deviation 0.02; set biases to 0.
+        """Draw matrices from a normal distribution of standard deviation 0.02. Biases are 0.
 
-        Each of the 2L sublayers (attention and MLP of every block) ends in a c_proj that adds to
-        the stream. Variances of independent terms add up, so the stream would grow with depth. We
-        draw c_proj smaller by √(2L). All 2L additions together then have the variance of one
-        (GPT-2, section 2.3).
+        0.02 is OpenAI's choice. Each of the 2L sublayers (attention and MLP of every block) ends in
+        a c_proj that adds to the stream. Variances of independent terms add up, so the stream would
+        grow with depth. We draw c_proj smaller, by √(2L). All 2L additions together then have the
+        variance that one of them would have had (GPT-2, section 2.3).
 
-        The first loss is a little more than the ln V of a uniform guess. ln_f gives lm_head numbers
-        of variance 1, so a logit is normal with variance σ² = 0.02²·C, which is 0.307 for GPT-2
-        small. The mean of e^logit is then e^(σ²/2). Hence ln Σ e^logit is about ln V + σ²/2, and
-        the first loss is 10.82 + 0.15 = 10.98.
+        The first loss is a little more than the ln V of equally likely tokens. ln_f gives lm_head
+        numbers of variance 1, so a logit z is normal with variance σ² = 0.02²·C, which is 0.307 for
+        GPT-2 small. The mean of e^z is then e^(σ²/2). Therefore ln Σ e^z is about ln V + σ²/2, and
+        the first loss is 10.825 + 0.154 = 10.98.
         """
         for name, p in self.named_parameters():  # the tied tensor comes once
             if p.dim() == 2:
@@ -312,7 +335,7 @@ class GPT(nn.Module):
         A weight costs 2 FLOPs per token forward (a multiplication and an addition) and 4 backward,
         6 in all. wpe is left out, because its rows are only looked up. wte counts, because as
         lm_head it multiplies. The scores and the weighted sums of a block cost 2·C·T each forward,
-        and twice that backward: 12·C·T.
+        and twice that backward: 12·C·T. (The masked half is counted, as is usual.)
         """
         c = self.config
         return 6 * (self.num_params() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
@@ -320,13 +343,18 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int, stop: int | None = None,
                  n_vocab: int | None = None, **settings: Any) -> Tensor:  # fmt: skip
-        """Continue each row of idx (B, T) by tokens that are drawn one by one → (B, T + new).
+        """Continue each row of idx (B, T), token by token → (B, T + max_new_tokens).
 
-        stop: the token that ends a row, which then repeats it. When all rows have ended, no more
-        are drawn. n_vocab: the number of tokens that may be drawn, where wte has more rows than the
-        tokenizer has tokens. settings: temperature, top_k, top_p and generator of `sample`.
+        In its plain form this is a loop of three lines:
 
-        Errors: ValueError if there is no token to start from.
+            logits = self(idx)[:, -1]            # (B, V): what may follow the last token
+            token = sample(logits, **settings)   # (B, 1)
+            idx = torch.cat((idx, token), dim=1)
+
+        The form below gives the same tokens, and is faster because of the caches. settings: see
+        `sample`. stop: a row that has drawn this token is filled up with it, and when all rows have
+        drawn it, the result is shorter. n_vocab: the number of tokens that may be drawn, if wte has
+        rows that belong to no token. Errors: ValueError if there is no token to start from.
         """
         require(idx.size(1) > 0, "the prompt is empty: it needs at least one token")
         block_size = self.config.block_size
@@ -337,7 +365,8 @@ class GPT(nn.Module):
                 if idx.size(1) <= block_size:
                     x = self.hidden(idx[:, caches[0].n_tokens :], caches=caches)  # (B, new, C)
                 else:
-                    # The window slides: every token has a new position, and so new keys and values.
+                    # The window slides. Now every token has another position, and therefore other
+                    # keys and values in each step, so the caches are of no more use.
                     x = self.hidden(idx[:, -block_size:])  # (B, block_size, C)
                 logits = self.lm_head(x[:, -1])[:, :n_vocab].float()  # (B, n_vocab)
                 token = sample(logits, **settings)  # (B, 1)
@@ -366,8 +395,8 @@ class GPT(nn.Module):
 class KVCache:
     """The keys and values of the tokens that a block has read.
 
-    No token sees a later one, so its keys and values never change. Whoever writes token by token
-    keeps them, and computes those of the newest token alone. The answer is the same.
+    A token never sees a later one, so its own keys and values never change. While a text is written
+    token by token, they are kept, and only those of the newest token are computed.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -377,8 +406,8 @@ class KVCache:
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Take the keys and values of new tokens, (B, nh, T, hs) each → those of all tokens so far.
 
-        Call it with the whole prompt first, and then with one token at a time. Several tokens
-        behind others would need a shifted causal mask, which attention does not have: ValueError.
+        Call it with the whole prompt first, and then with one token at a time. Several new tokens
+        at once would need a mask among themselves, which attention does not make: ValueError.
         """
         B, nh, T, hs = k.size()
         start, end = self.n_tokens, self.n_tokens + T
@@ -423,12 +452,13 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
 
 
 def get_lr(step: int, cfg: TrainConfig) -> float:
-    """The learning rate of a step (0, 1, …): a linear rise, half a cosine down, then constant.
+    """The learning rate of a step (0, 1, …): a linear rise, then half a period of a cosine down.
 
-    It starts low, because the optimizer's averages are made of few gradients then, and large steps
-    in a wrong direction do harm. It starts at max_lr / warmup_steps and not at 0, as a step with
-    rate 0 would be wasted. It falls at the end, because smaller steps settle where larger ones
-    would jump about. (GPT-3, appendix B: from 6e-4 to a tenth of it, after 375M tokens of rise.)
+    It starts low, because the averages of the optimizer are made of few gradients then, and large
+    steps in a wrong direction do harm. The first rate is max_lr / warmup_steps and not 0, because a
+    step with rate 0 would be wasted. Then it falls, because small steps settle where large ones
+    jump about. GPT-2 124M has 715 steps of rise (375M tokens, as GPT-3), to max_lr = 6e-4, and ends
+    at a tenth of that after 19,073 steps.
     """
     if step < cfg.warmup_steps:
         return cfg.max_lr * (step + 1) / cfg.warmup_steps
@@ -439,22 +469,22 @@ def get_lr(step: int, cfg: TrainConfig) -> float:
 
 def configure_optimizers(model: GPT, cfg: TrainConfig, dtype: torch.dtype = torch.float32,
                          ) -> list[torch.optim.Optimizer]:  # fmt: skip
-    """AdamW (arXiv:1711.05101) for all weights, or for all that Muon does not take.
+    """AdamW (arXiv:1711.05101) for all weights, or for those that Muon does not take.
 
-    For each weight AdamW keeps an average m of its gradients g and an average v of their squares:
+    For each weight AdamW keeps two running averages: m of its gradients g, and v of their squares.
 
         m ← 0.9·m + 0.1·g        v ← 0.95·v + 0.05·g²        weight ← weight - lr·m / (√v + 1e-8)
 
-    (m and v start at 0. AdamW corrects both for that in its first steps.) Dividing by √v gives
-    every weight steps of about the size lr, however large or small its gradients are.
+    (Both start at 0, which AdamW corrects for in its first steps.) m / √v is between -1 and 1 or
+    near that, whatever the size of the gradients. So each weight takes steps of about the size lr.
 
-    Weight decay multiplies a weight by 1 - lr·weight_decay in each step. This keeps matrices from
-    growing without end. The vectors (biases, and weights of LayerNorms) are left out, because a
+    Weight decay multiplies a weight by 1 - lr·weight_decay in each step, which keeps matrices from
+    growing without end. The vectors (biases, and weights of LayerNorms) do not decay, because a
     LayerNorm weight that is pulled to 0 would silence its channel. In GPT-2 small 50 matrices
     decay, and 98 vectors do not.
 
-    The quick preset gives the matrices of the blocks to another optimizer, Muon, which is defined
-    in the second part. dtype: the precision of its matrix products.
+    The quick preset lets another optimizer, Muon, change the matrices of the blocks. It is in the
+    second part. dtype: the precision of its matrix products.
     """
     muon = [Muon(model.transformer.h, cfg.weight_decay, dtype)] if cfg.optimizer == "muon" else []
     taken = {p for optimizer in muon for group in optimizer.param_groups for p in group["params"]}
@@ -472,24 +502,25 @@ def configure_optimizers(model: GPT, cfg: TrainConfig, dtype: torch.dtype = torc
 class DataLoaderLite:
     """Batches of token sequences from the shards in data_dir. Errors: ValueError.
 
-    A shard is a file of token ids, with an <|endoftext|> before each document. It is cut into
-    windows of T inputs. The targets are the same tokens, one place further on. For T = 4:
+    A shard is a file of token ids, in which an <|endoftext|> stands before each document. It is cut
+    into windows of T inputs. The targets are the same tokens, one place further on. For T = 4:
 
         shard      50256 464 3797 3332 319 262 2603  13 …
         window 0   inputs  50256  464 3797 3332      targets   464 3797 3332 319
         window 1   inputs    319  262 2603   13      targets   262 2603   13   …
 
-    Windows cross from one document into the next, and so does attention. This is simple and
-    accepted, as the <|endoftext|> between them tells the model that a new text begins.
+    A window may reach from one document into the next, and attention does so, too. The model learns
+    from the <|endoftext|> between them that a new text begins.
 
-    Training reads each window once per epoch. It shuffles the shards, and the windows in each
-    shard, anew in every epoch. Validation reads its windows in order.
+    Training reads each window once per epoch. In every epoch it shuffles the shards, and within
+    each shard the windows. Two shards of 3 and 2 windows may give: shard 1: 1, 0; shard 0: 2, 0, 1.
+    Validation reads its windows in order.
 
-    The order is a function of seed and epoch alone, and each worker computes from its rank which
-    windows are its own. So no communication is needed, and the step number is all that one needs to
-    know to resume a run. Micro-batch i takes B windows for rank 0, the next B for rank 1, and so
-    on. A step reads the same windows, however they are divided among workers and micro-batches.
-    B may be a fraction, if the windows of a step do not divide evenly.
+    The order follows from the seed alone. So each worker knows which windows are its own without
+    asking the others, and a run that was stopped needs only its step number to go on. Batch i takes
+    the next B windows for rank 0, the B after them for rank 1, and so on. All workers together read
+    the same windows in a step, however many they are. If these do not divide evenly, B is a
+    fraction: three workers that share 32 windows have B = 10 2/3, and take 10, 11 and 11.
     """
 
     def __init__(self, data_dir: str | Path, split: str, B: int | Fraction, T: int, rank: int = 0,
@@ -529,7 +560,7 @@ class DataLoaderLite:
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def batch(self, i: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of this worker's micro-batch i: int64, (B, T) each."""
+        """Inputs and targets of this worker's batch i: int64, (B, T) each."""
         k = i * self.world_size + self.rank
         return self.windows(range(int(k * self.B), int((k + 1) * self.B)))
 
@@ -540,25 +571,26 @@ class DataLoaderLite:
 # -------------------------------------------------------------------------- The training loop
 
 
-def accumulate_gradients(net: nn.Module, run: Run, step: int) -> Tensor:
-    """Compute this worker's share of a step's gradients → the mean loss of its tokens, (), nats.
+def accumulate_gradients(net: nn.Module, loader: DataLoaderLite, batches: range,
+                         scaler: torch.amp.GradScaler, worker: Worker) -> Tensor:  # fmt: skip
+    """Add the gradients of some batches to those of the weights → the mean of their losses, ().
 
     The tokens of a step do not fit into memory at once. So a worker runs several forward and
-    backward passes of B·T tokens ("micro-steps"), and the weights change only after the last.
+    backward passes of B·T tokens (micro-steps), and the weights change only after the last.
     """
-    total = torch.zeros((), device=run.worker.device)
-    for i in range(run.micro_steps):
-        x, y = run.loader.batch(step * run.micro_steps + i)  # (B, T) each
-        x, y = x.to(run.worker.device), y.to(run.worker.device)
-        # With several workers, backward() can average the gradients over all of them. It is told to
-        # do so in the last micro-step only, because once per step is enough and takes time.
-        net.require_backward_grad_sync = i == run.micro_steps - 1
-        with run.worker.autocast():  # matrix products in bf16, where the device is fast at it
-            # backward() adds its gradients to those that are there. A loss is a mean over its own
-            # sequences. Weighted by their share of all that this worker reads in the step, the
-            # losses add up to the mean over all, and the gradients to those of one large batch.
-            loss = net(x, y) * (len(x) / run.sequences)
-        run.scaler.scale(loss).backward()
+    total = torch.zeros((), device=worker.device)
+    for i in batches:
+        x, y = worker.to_device(*loader.batch(i))  # (B, T) each
+        # With several workers, backward() can average the gradients over all of them. This takes
+        # time, and is enough once per step. So it is switched on for the last micro-step only.
+        net.require_backward_grad_sync = i == batches[-1]
+        with worker.autocast():  # matrix products in bf16, if the device is fast at it
+            # backward() adds its gradients to those that are there. Each loss is a mean over its
+            # own windows. Divided by the number of micro-steps, the losses add up to the mean over
+            # all of them, and the gradients to those of one large batch. (len(x) / B is 1, unless B
+            # is a fraction. Then it makes up for the window that this batch has more or less.)
+            loss = net(x, y) * float(len(x) / loader.B / len(batches))
+        scaler.scale(loss).backward()
         total += loss.detach()
     return total
 
@@ -567,64 +599,75 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
           signals: Sequence[int] = ()) -> int:  # fmt: skip
     """Train the model, which is on worker.device. All files of the run go to cfg.log_dir.
 
-    worker: this process, by default alone, on the CPU and in fp32. resume: go on from the newest
-    checkpoint in cfg.log_dir, if there is one. signals: when a signal handler appends to this list,
-    the loop finishes its step, saves a checkpoint and returns that number. After the last step it
-    returns 0. Errors: ValueError; OSError; FloatingPointError if loss or gradient is not finite.
+    worker: this process. If it is not given, it is alone, on the CPU and in fp32. resume: go on
+    from the newest checkpoint in cfg.log_dir, if there is one. signals: when a signal handler
+    appends to this list, the loop finishes its step, saves a checkpoint and returns that number.
+    After the last step it returns 0. Errors: ValueError; OSError; FloatingPointError if the loss or
+    the gradient is not finite.
     """
     worker = worker or Worker()
-    # run has what the loop needs: optimizers, data loaders, checkpoints, the log.
-    run = Run(model.train(), cfg, worker)
-    if resume:
-        run.restore()
-    # net is the same model with the same weights, but compiled, and with its gradients averaged
-    # over the workers, where that is wanted. Evaluation does not use it, because it has inputs of
-    # many lengths, and each new length would be compiled anew.
+    tokenizer = load_tokenizer(cfg.data_dir)
+    T = cfg.seq_len or model.config.block_size
+    B, micro_steps = divide_step(cfg, T, worker)
+    loader = DataLoaderLite(
+        cfg.data_dir, "train", B, T, worker.rank, worker.world_size, cfg.seed, tokenizer.n_vocab
+    )
+    optimizers = configure_optimizers(model.train(), cfg, worker.dtype)
+    # In fp16, small gradients would become 0. The scaler multiplies the loss by a large factor, and
+    # unscale_() divides the gradients by it. In other formats the scaler does nothing.
+    scaler = torch.amp.GradScaler(worker.device.type, enabled=worker.dtype == torch.float16)
+    # run does all that is not learning: it evaluates, saves and restores checkpoints, and logs.
+    run = Run(model, cfg, worker, tokenizer, loader, optimizers, scaler)
+    first_step = run.restore() if resume else 0
+    # net has the weights of the model, but it may be compiled, and its gradients are averaged over
+    # the workers. Evaluation uses the model itself: its inputs have many lengths, and net would be
+    # compiled again for each of them.
     net = run.prepare_net()
-    run.start_log()
+    run.start_log(first_step)
 
     signum = 0
-    for step in range(run.start, cfg.max_steps + 1):
+    for step in range(first_step, cfg.max_steps + 1):
         finished = step == cfg.max_steps
         # An evaluation comes before the first step, at regular steps, and after the last one.
         if (step % cfg.eval_every == 0 or finished) and not signum:
             run.evaluate(step)
-        if step > run.start and (step % cfg.checkpoint_every == 0 or finished or signum):
+        if step > first_step and (step % cfg.checkpoint_every == 0 or finished or signum):
             run.save(step)
         if finished or signum:
             break
 
         began = time.perf_counter()
-        # Dropout draws from this seed. As it follows from the step, a resumed run draws the same
-        # masks. As it differs between workers, no two of them drop the same numbers.
+        # Dropout draws from this seed. It follows from the step, so a resumed run draws the same
+        # masks. It differs between workers, so each of them draws its own.
         torch.manual_seed((cfg.seed + step) * worker.world_size + worker.rank)
 
         # 1. Find the direction: the gradient of the loss on the tokens of this step.
-        loss = accumulate_gradients(net, run, step)
-        for optimizer in run.optimizers:
-            run.scaler.unscale_(optimizer)
+        batches = range(step * micro_steps, (step + 1) * micro_steps)
+        loss = accumulate_gradients(net, loader, batches, scaler, worker)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
 
-        # 2. Bound it. If all gradients together, as one long vector, are longer than grad_clip,
-        # they are scaled down to that. So an odd batch cannot throw the weights far off.
+        # 2. Bound it. All gradients together are seen as one long vector. If its length, the norm,
+        # is above grad_clip, it is scaled down. So an odd batch cannot throw the weights far off.
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
 
         # 3. Let all workers agree. Each tells its loss, and whether it was signalled to stop. After
-        # this all have the same numbers, and so do the same.
+        # this line all of them have the same numbers, and act alike.
         losses, numbers = worker.gather(loss.item(), signals[0] if signals else 0).unbind(dim=1)
         signum = int(numbers.max())
-        # A loss or gradient that is not finite would spoil every weight, and so it ends the run.
-        # Only in fp16 a gradient may overflow now and then. The step is then skipped.
+        # A loss or gradient that is not finite would spoil every weight, so it ends the run. Only
+        # fp16 may overflow now and then. The step is skipped then.
         skip = run.must_skip(step, losses, norm)
 
         # 4. Take the step, and forget its gradients.
         lr = get_lr(step, cfg)
-        for optimizer in run.optimizers:
+        for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if not skip:  # all optimizers or none: scaler.step() would decide for each by itself
+            if not skip:  # all optimizers or none; scaler.step() would decide for each by itself
                 optimizer.step()
             optimizer.zero_grad()
-        run.scaler.update()
+        scaler.update()
 
         # 5. Write down how it went.
         run.log_step(step, losses.mean().item(), lr, norm, time.perf_counter() - began)
@@ -884,6 +927,12 @@ class Worker:
         adds to a weight, or a block to the stream, would often be lost in bf16's 8 bits."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Copy tensors to the device. From pinned memory, CUDA does so while the CPU goes on."""
+        if self.device.type == "cuda":
+            return tuple(t.pin_memory().to(self.device, non_blocking=True) for t in tensors)
+        return tuple(t.to(self.device) for t in tensors)
+
     @contextmanager
     def inference(self, model: GPT, rows: int) -> Iterator[None]:
         """Mixed precision, no dropout, no gradients. rows: see the function `inference`."""
@@ -970,7 +1019,7 @@ def evaluate(model: GPT, loader: DataLoaderLite, val_tokens: int, tokenizer: Enc
         for i in range(first, end, loader.B):
             x, y = loader.windows(range(i, min(i + loader.B, end)))  # (B, T) each
             n_bytes += float(lengths[y].sum())
-            nats += model(x.to(worker.device), y.to(worker.device)).item() * y.numel()
+            nats += model(*worker.to_device(x, y)).item() * y.numel()
     nats, n_bytes = worker.gather(nats, n_bytes).sum(dim=0).tolist()
     return nats / (n * loader.T), nats / math.log(2) / max(1, n_bytes)
 
@@ -1098,57 +1147,48 @@ def plot_log(log_dir: Path) -> None:
 
 
 def divide_step(cfg: TrainConfig, T: int, worker: Worker) -> tuple[Fraction, int]:
-    """Sequences per micro-step (B), and micro-steps per step, for each worker. Errors: ValueError.
+    """The windows of a micro-step (B) and the micro-steps of a step, for each worker.
 
-    B is at most micro_batch_size, and on a CPU at most 8,192 tokens, because more are no faster
-    there. It need not be whole. If three workers share 32 sequences, B is 10 2/3.
+    B is at most micro_batch_size. On a CPU a micro-step has at most 8,192 tokens, because more are
+    no faster there. Errors: ValueError if a step cannot be divided into windows of T tokens.
     """
-    sequences, rest = divmod(cfg.total_batch_size, T)
+    windows, rest = divmod(cfg.total_batch_size, T)
     nearest = max(1, round(cfg.total_batch_size / T)) * T
     wrong = f"total_batch_size={cfg.total_batch_size} is no multiple of seq_len={T}"
     require(rest == 0, f"{wrong}; the nearest is {nearest}")
-    workers, B = worker.world_size, cfg.micro_batch_size
-    require(workers <= sequences, f"{workers} workers cannot share {sequences} sequences per step")
+    workers, most = worker.world_size, cfg.micro_batch_size
+    require(workers <= windows, f"{workers} workers cannot share a step of {windows} windows")
     if worker.device.type == "cpu":
-        B = min(B, max(1, 8192 // T))
-    micro_steps = math.ceil(sequences / (workers * B))
-    return Fraction(sequences, workers * micro_steps), micro_steps
+        most = min(most, max(1, 8192 // T))
+    micro_steps = math.ceil(windows / (workers * most))
+    return Fraction(windows, workers * micro_steps), micro_steps
 
 
 class Run:
     """What surrounds the training loop. Errors: ValueError if model, data and cfg do not fit."""
 
-    def __init__(self, model: GPT, cfg: TrainConfig, worker: Worker) -> None:
-        self.model, self.cfg, self.worker = model, cfg, worker
+    def __init__(self, model: GPT, cfg: TrainConfig, worker: Worker, tokenizer: Encoding,
+                 loader: DataLoaderLite, optimizers: list[torch.optim.Optimizer],
+                 scaler: torch.amp.GradScaler) -> None:  # fmt: skip
+        self.model, self.cfg, self.worker, self.tokenizer = model, cfg, worker, tokenizer
+        self.loader, self.optimizers, self.scaler = loader, optimizers, scaler
         self.log_dir = Path(cfg.log_dir)
-        self.start = 0  # the first step
         self.skipped = 0  # steps in a row
         self.seconds = 0.0  # of all steps so far
         self.best_loss, self.best_step = math.inf, 0  # of all evaluations so far
         self.best_saved = True
         limit = model.config.block_size
-        T = cfg.seq_len or limit
-        require(T <= limit, f"seq_len={T} is more than block_size={limit}")
-        B, self.micro_steps = divide_step(cfg, T, worker)
-        self.sequences = float(B * self.micro_steps)  # of a step, for each worker
-        self.tokenizer = load_tokenizer(cfg.data_dir)
-        check_vocabulary(model, self.tokenizer)
+        require(loader.T <= limit, f"seq_len={loader.T} is more than block_size={limit}")
+        check_vocabulary(model, tokenizer)
         self.samples(n=1, max_new_tokens=0)  # is the prompt too long?
-        place = (worker.rank, worker.world_size, cfg.seed, self.tokenizer.n_vocab)
-        self.loader = DataLoaderLite(cfg.data_dir, "train", B, T, *place)
-        self.val_loader = DataLoaderLite(cfg.data_dir, "val", math.ceil(B), T, *place)
+        sizes = (math.ceil(loader.B), loader.T, worker.rank, worker.world_size, cfg.seed)
+        self.val_loader = DataLoaderLite(cfg.data_dir, "val", *sizes, tokenizer.n_vocab)
         self.examples = []
         if cfg.hellaswag == "on":
             with only_warn():  # if hellaswag.py is not there
                 import hellaswag
 
                 self.examples = hellaswag.load_examples(worker)
-        self.optimizers = configure_optimizers(model, cfg, worker.dtype)
-        # fp16 makes gradients below 6e-8 zero. The scaler multiplies the loss, and so all its
-        # gradients, by a large factor, and unscale_() divides them again. When they overflow, the
-        # step is skipped and the factor halved. For other formats the scaler does nothing.
-        is_fp16 = worker.dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(worker.device.type, enabled=is_fp16)
 
     def prepare_net(self) -> nn.Module:
         """What runs forward and backward: the model, compiled and distributed if it should be."""
@@ -1158,7 +1198,7 @@ class Run:
         if self.worker.world_size > 1:
             net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
         if self.compiled:  # the first pass compiles: here, so that no step's time includes it
-            accumulate_gradients(net, self, 0)
+            accumulate_gradients(net, self.loader, range(1), self.scaler, self.worker)
             self.model.zero_grad()
         return net
 
@@ -1214,8 +1254,8 @@ class Run:
                     optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
                 )  # fmt: skip
 
-    def restore(self) -> None:
-        """Go on from the newest checkpoint that is whole. If there is none yet, start at step 0.
+    def restore(self) -> int:
+        """Load the newest checkpoint that is whole → its step, or 0 if there is none yet.
 
         Errors: ValueError if none is whole, or if they are of another run.
         """
@@ -1228,6 +1268,7 @@ class Run:
                 print(f"WARNING: {e}", file=sys.stderr, flush=True)
         else:
             require(not paths, f"{self.log_dir}: none of its checkpoints is whole")
+        step = 0
         if paths:
             same = saved.config == self.model.config
             require(same, f"{path} has another shape: {saved.config}, not {self.model.config}")
@@ -1238,15 +1279,16 @@ class Run:
                 mine.load_state_dict(saved_state)
             if state["scaler"]:  # it is empty unless the run was in fp16
                 self.scaler.load_state_dict(state["scaler"])
-            self.start = state["step"]
+            step = state["step"]
             self.best_loss, self.best_step = state["best_loss"], state["best_step"]
-        starts, end = self.worker.gather(self.start).unique().tolist(), self.cfg.max_steps
-        differ = f"{self.log_dir}: the workers found checkpoints of different steps: {starts}"
-        require(len(starts) == 1, differ)
-        beyond = f"{self.log_dir} has a checkpoint of step {self.start}, but max_steps is {end}"
-        require(self.start <= end, beyond)
-        resumed = f"resumed at step {self.start}"
-        self.worker.print(resumed if paths else "no checkpoint yet: starts at step 0")
+        steps, end = self.worker.gather(step).unique().tolist(), self.cfg.max_steps
+        differ = f"{self.log_dir}: the workers found checkpoints of different steps: {steps}"
+        require(len(steps) == 1, differ)
+        beyond = f"{self.log_dir} has a checkpoint of step {step}, but max_steps is {end}"
+        require(step <= end, beyond)
+        found = f"resumed at step {step}" if paths else "no checkpoint yet: starts at step 0"
+        self.worker.print(found)
+        return step
 
     def must_skip(self, step: int, losses: Tensor, norm: float) -> bool:
         """Whether a step must not change the weights, because fp16 has overflowed.
@@ -1263,10 +1305,10 @@ class Run:
             )
         return self.skipped > 0
 
-    def start_log(self) -> None:
+    def start_log(self, start: int) -> None:
         """Print and log what this run is. Drop the records of steps that will be computed again,
         and the files that a kill left half written."""
-        cfg, worker = self.cfg, self.worker
+        cfg, worker, self.start = self.cfg, self.worker, start
         self.limit = worker.matmul_flops()
         tokens, threads = cfg.total_batch_size * cfg.max_steps, torch.get_num_threads()
         facts = dict(
@@ -1274,7 +1316,7 @@ class Run:
             precision=f"{worker.dtype}, a bare matmul does {self.limit / 1e12:.3g} TFLOP/s",
             chosen=f"compile {self.compiled}, {cfg.optimizer}, AdamW fused",
             config=asdict(self.model.config), train_config=asdict(cfg), tokens=tokens,
-            parameters=self.model.num_params(), start_step=self.start,
+            parameters=self.model.num_params(), start_step=start,
             epochs=round(tokens / self.loader.T / self.loader.n_windows, 2),
             versions=f"python {platform.python_version()}, torch {torch.__version__}",
             source="sha256 " + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
@@ -1287,7 +1329,7 @@ class Run:
                 if path.exists():  # the tokenizer is not GPT-2's
                     (self.log_dir / path.name).write_bytes(path.read_bytes())
             records = [r for r in read_log(self.log_dir) if isinstance(r.get("step", -1), int)]
-            records = [r for r in records if r.get("step", -1) < self.start] + [facts]
+            records = [r for r in records if r.get("step", -1) < start] + [facts]
             with whole_file(self.log_dir / "log.jsonl") as file:
                 file.writelines(json.dumps(record).encode() + b"\n" for record in records)
 
@@ -1401,16 +1443,17 @@ def load_model(name: str | Path) -> tuple[GPT, Encoding]:
 # They change how fast a CPU computes, and not what. The model touches each in one line.
 
 
-def formula_is_faster(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether attention that is written out is faster than PyTorch's kernel, for q (B, nh, T, hs).
+def kernel_is_faster(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether PyTorch's kernel of attention is faster than the formula, for q (B, nh, T, hs).
 
-    It is so on a CPU in bf16, for short sequences: a step of `quick` runs 1.25 times as fast.
+    It is, but for short sequences on a CPU in bf16: there a step of `quick` runs 1.25 times as fast
+    by the formula. The formula makes only the causal mask.
     """
-    cpu_in_bf16 = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    return cpu_in_bf16 and mask is None and 1 < q.size(2) <= 256
+    short_on_cpu = q.device.type == "cpu" and 1 < q.size(2) <= 256 and q.dtype == torch.bfloat16
+    return mask is not None or not short_on_cpu
 
 
-def loss_pays_in_chunks(x: Tensor) -> bool:
+def saves_memory_in_chunks(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
