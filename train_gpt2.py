@@ -71,7 +71,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from itertools import count
@@ -96,8 +96,8 @@ class GPTConfig:
 
     # The longest sequence that the model can read, in tokens.
     block_size: int = 1024
-    # The tokens of the vocabulary. GPT-2 has 256 bytes, 50000 merges and <|endoftext|>, with which a
-    # text begins. By default, training rounds the number up to a multiple of 128.
+    # The tokens of the vocabulary. GPT-2 has 256 bytes, 50000 merges and <|endoftext|>, with which
+    # a text begins. By default, training rounds the number up to a multiple of 128.
     vocab_size: int = 50257
     # The number of blocks.
     n_layer: int = 12
@@ -251,9 +251,9 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))  # fmt: skip
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # One tensor has two jobs (arXiv:1608.05859): wte looks a token up, lm_head scores it. So the
-        # model learns together what a token means where it is read, and where it is predicted. This
-        # saves GPT-2 small 38.6M parameters.
+        # One tensor has two jobs (arXiv:1608.05859): wte looks a token up, lm_head scores it. So
+        # the model learns together what a token means where it is read, and where it is predicted.
+        # This saves GPT-2 small 38.6M parameters.
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
@@ -435,7 +435,7 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
         of all tokens before it together   0    .5    .8    .95
         kept, as that is less than .7     yes   yes   no    no      → drawn with .5/.8 and .3/.8
     """
-    if temperature == 0:
+    if temperature < 1e-5:
         return logits.argmax(dim=1, keepdim=True)  # (B, 1)
     if top_k is None and top_p is None:
         return torch.multinomial((logits / temperature).softmax(dim=1), 1, generator=generator)
@@ -608,21 +608,20 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
     worker = worker or Worker()
     tokenizer = load_tokenizer(cfg.data_dir)
     T = cfg.seq_len or model.config.block_size
-    B, micro_steps = divide_step(cfg, T, worker)
+    # net has the weights of the model, but it may be compiled, and its gradients are averaged over
+    # the workers. Evaluation uses the model itself: its inputs have many lengths, and net would be
+    # compiled again for each of them.
+    net, B, micro_steps = prepare_net(model.train(), cfg, T, worker)
     loader = DataLoaderLite(
         cfg.data_dir, "train", B, T, worker.rank, worker.world_size, cfg.seed, tokenizer.n_vocab
     )
-    optimizers = configure_optimizers(model.train(), cfg, worker.dtype)
+    optimizers = configure_optimizers(model, cfg, worker.dtype)
     # In fp16, small gradients would become 0. The scaler multiplies the loss by a large factor, and
     # unscale_() divides the gradients by it. In other formats the scaler does nothing.
     scaler = torch.amp.GradScaler(worker.device.type, enabled=worker.dtype == torch.float16)
     # run does all that is not learning: it evaluates, saves and restores checkpoints, and logs.
     run = Run(model, cfg, worker, tokenizer, loader, optimizers, scaler)
     first_step = run.restore() if resume else 0
-    # net has the weights of the model, but it may be compiled, and its gradients are averaged over
-    # the workers. Evaluation uses the model itself: its inputs have many lengths, and net would be
-    # compiled again for each of them.
-    net = run.prepare_net()
     run.start_log(first_step)
 
     signum = 0
@@ -710,10 +709,11 @@ def check_values(config: GPTConfig | TrainConfig | SampleConfig) -> None:
         value = getattr(config, f.name)
         if choices := CHOICES.get(f.name):
             require(value in choices, f"{f.name}={value!r} is not one of {', '.join(choices)}")
-        elif not isinstance(value, str):
+        elif not isinstance(f.default, str):
             low = 0 if f.name in MAY_BE_0 else 1 if isinstance(f.default, int) else 1e-12
             high = AT_MOST.get(f.name, 2**40)
-            require(low <= value <= high, f"{f.name}={value!r} is not from {low} to {high}")
+            number = isinstance(value, (int, float)) and low <= value <= high
+            require(number, f"{f.name}={value!r} is not from {low} to {high}")
     if isinstance(config, GPTConfig):
         C, nh = config.n_embd, config.n_head
         require(C % nh == 0, f"n_embd={C} is not a multiple of n_head={nh}")
@@ -791,6 +791,8 @@ class SampleConfig:
     top_k: int = 50
     # Only the likeliest tokens may be drawn that together have this probability.
     top_p: float = 1.0
+    # A sample ends before this text. By default it ends with the document.
+    stop: str = ""
 
     __post_init__ = check_values
 
@@ -1000,6 +1002,69 @@ def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
     return Worker(rank, world_size, here, dtypes[name])
 
 
+def divide_step(cfg: TrainConfig, T: int, worker: Worker) -> tuple[Fraction, int]:
+    """The windows of a micro-step (B) and the micro-steps of a step, for each worker.
+
+    B is at most micro_batch_size. On a CPU a micro-step has at most 8,192 tokens, because more are
+    no faster there. Errors: ValueError if a step cannot be divided into windows of T tokens.
+    """
+    windows, rest = divmod(cfg.total_batch_size, T)
+    nearest = max(1, round(cfg.total_batch_size / T)) * T
+    wrong = f"total_batch_size={cfg.total_batch_size} is no multiple of seq_len={T}"
+    require(rest == 0, f"{wrong}; the nearest is {nearest}")
+    workers, most = worker.world_size, cfg.micro_batch_size
+    require(workers <= windows, f"{workers} workers cannot share a step of {windows} windows")
+    if worker.device.type == "cpu":
+        most = min(most, max(1, 8192 // T))
+    micro_steps = math.ceil(windows / (workers * most))
+    return Fraction(windows, workers * micro_steps), micro_steps
+
+
+def is_compiled(cfg: TrainConfig, worker: Worker) -> bool:
+    return cfg.compile == "on" or (cfg.compile == "auto" and worker.device.type == "cuda")
+
+
+def first_pass_fits(net: nn.Module, B: int, T: int, worker: Worker) -> bool:
+    """Run forward and backward once on every worker → whether the memory of all sufficed."""
+    fits, x = True, torch.zeros(B, T, dtype=torch.int64, device=worker.device)
+    try:
+        with worker.autocast():
+            net(x, x).backward()
+    except torch.OutOfMemoryError:
+        fits = False
+    net.zero_grad()
+    return bool(worker.gather(fits).all())
+
+
+def prepare_net(
+    model: GPT, cfg: TrainConfig, T: int, worker: Worker
+) -> tuple[nn.Module, Fraction, int]:
+    """The model, compiled and distributed if it should be; B and micro-steps as in divide_step.
+
+    Compilation and CUDA have their first pass here. So no step's time includes it, and B is halved
+    until memory suffices. Errors: ValueError.
+    """
+    limit = model.config.block_size
+    require(T <= limit, f"seq_len={T} is more than block_size={limit}")
+    B, micro_steps = divide_step(cfg, T, worker)
+    compiled = is_compiled(cfg, worker)
+    net: nn.Module = torch.compile(model) if compiled else model
+    try:
+        while compiled or worker.device.type == "cuda":
+            if first_pass_fits(net, math.ceil(B), T, worker):
+                break
+            require(B > 1, "memory does not suffice for a single sequence: use a lower --seq_len")
+            cfg = replace(cfg, micro_batch_size=math.ceil(B) // 2)
+            worker.print(f"memory is full: {cfg.micro_batch_size} sequences at once from now on")
+            B, micro_steps = divide_step(cfg, T, worker)
+    except (RuntimeError, ImportError) as e:  # what torch.compile needs is not on every machine
+        reason = str(e).strip().splitlines()[0]
+        raise ValueError(f"torch.compile cannot run here ({reason}): use --compile off") from e
+    if worker.world_size > 1:
+        net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+    return net, B, micro_steps
+
+
 # --------------------------------------------------------------------------------- Evaluation
 
 
@@ -1025,20 +1090,23 @@ def evaluate(model: GPT, loader: DataLoaderLite, val_tokens: int, tokenizer: Enc
 
 
 def sample_texts(model: GPT, tokenizer: Encoding, worker: Worker, prompt: str, n: int,
-                 seed: int = 1337, **settings: Any) -> list[str]:  # fmt: skip
-    """n texts that begin with the prompt. settings: see GPT.generate.
+                 seed: int = 1337, stop: str = "", **settings: Any) -> list[str]:  # fmt: skip
+    """n texts that begin with the prompt. Without a prompt they begin as documents do.
 
-    Errors: ValueError if the prompt is empty, or longer than the model can read.
+    A text ends where it contains `stop`, if this is given. settings: see GPT.generate. Errors:
+    ValueError if the prompt is longer than the model can read.
     """
-    ids, eot = tokenizer.encode(prompt, disallowed_special=()), tokenizer.eot_token
+    eot = tokenizer.eot_token
+    ids = tokenizer.encode(prompt, disallowed_special=()) or [eot]
     T, limit = len(ids), model.config.block_size
-    require(1 <= T <= limit, f"the prompt has {T} tokens; this model takes 1 to {limit}")
+    require(T <= limit, f"the prompt has {T} tokens; this model takes at most {limit}")
     settings |= dict(stop=eot, n_vocab=tokenizer.n_vocab)
     settings["generator"] = torch.Generator(worker.device).manual_seed(seed)
     with worker.autocast():
         rows = model.generate(torch.tensor([ids] * n, device=worker.device), **settings)
     new = [row + [eot] for row in rows[:, T:].tolist()]
-    return [prompt + tokenizer.decode(row[: row.index(eot)]) for row in new]
+    texts = [tokenizer.decode(row[: row.index(eot)]) for row in new]
+    return [prompt + (text.partition(stop)[0] if stop else text) for text in texts]
 
 
 # ---------------------------------------------------------------------------- Files of a run
@@ -1118,13 +1186,19 @@ def load_checkpoint(path: str | Path) -> tuple[GPT, dict[str, Any]]:
         raise ValueError(f"{path} is no whole checkpoint of this version: {reason}") from e
 
 
+def parse_record(line: bytes) -> dict[str, Any]:
+    """A line of log.jsonl, or {} if a kill or a full disk has cut it short."""
+    with suppress(ValueError):
+        if isinstance(record := json.loads(line), dict):
+            return record
+    return {}
+
+
 def read_log(log_dir: str | Path) -> list[dict[str, Any]]:
-    """The records of a run's log.jsonl. Lines that a kill or a full disk cut short are left out."""
-    path, records = Path(log_dir) / "log.jsonl", []
-    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
+    """The whole records of a run's log.jsonl."""
+    path = Path(log_dir) / "log.jsonl"
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [record for record in map(parse_record, lines) if record]
 
 
 def plot_log(log_dir: Path) -> None:
@@ -1146,24 +1220,6 @@ def plot_log(log_dir: Path) -> None:
         figure.savefig(file, format="png", dpi=120)
 
 
-def divide_step(cfg: TrainConfig, T: int, worker: Worker) -> tuple[Fraction, int]:
-    """The windows of a micro-step (B) and the micro-steps of a step, for each worker.
-
-    B is at most micro_batch_size. On a CPU a micro-step has at most 8,192 tokens, because more are
-    no faster there. Errors: ValueError if a step cannot be divided into windows of T tokens.
-    """
-    windows, rest = divmod(cfg.total_batch_size, T)
-    nearest = max(1, round(cfg.total_batch_size / T)) * T
-    wrong = f"total_batch_size={cfg.total_batch_size} is no multiple of seq_len={T}"
-    require(rest == 0, f"{wrong}; the nearest is {nearest}")
-    workers, most = worker.world_size, cfg.micro_batch_size
-    require(workers <= windows, f"{workers} workers cannot share a step of {windows} windows")
-    if worker.device.type == "cpu":
-        most = min(most, max(1, 8192 // T))
-    micro_steps = math.ceil(windows / (workers * most))
-    return Fraction(windows, workers * micro_steps), micro_steps
-
-
 class Run:
     """What surrounds the training loop. Errors: ValueError if model, data and cfg do not fit."""
 
@@ -1177,8 +1233,6 @@ class Run:
         self.seconds = 0.0  # of all steps so far
         self.best_loss, self.best_step = math.inf, 0  # of all evaluations so far
         self.best_saved = True
-        limit = model.config.block_size
-        require(loader.T <= limit, f"seq_len={loader.T} is more than block_size={limit}")
         check_vocabulary(model, tokenizer)
         self.samples(n=1, max_new_tokens=0)  # is the prompt too long?
         sizes = (math.ceil(loader.B), loader.T, worker.rank, worker.world_size, cfg.seed)
@@ -1189,18 +1243,6 @@ class Run:
                 import hellaswag
 
                 self.examples = hellaswag.load_examples(worker)
-
-    def prepare_net(self) -> nn.Module:
-        """What runs forward and backward: the model, compiled and distributed if it should be."""
-        wish, on_cuda = self.cfg.compile, self.worker.device.type == "cuda"
-        self.compiled = wish == "on" or (wish == "auto" and on_cuda)
-        net: nn.Module = torch.compile(self.model) if self.compiled else self.model
-        if self.worker.world_size > 1:
-            net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
-        if self.compiled:  # the first pass compiles: here, so that no step's time includes it
-            accumulate_gradients(net, self.loader, range(1), self.scaler, self.worker)
-            self.model.zero_grad()
-        return net
 
     def samples(self, **settings: Any) -> list[str]:
         prompt, seed = self.cfg.sample_prompt, self.cfg.seed
@@ -1276,7 +1318,10 @@ class Run:
             require(optimizer == self.cfg.optimizer, f"{path} is of a run with {optimizer}")
             self.model.load_state_dict(saved.state_dict())
             for mine, saved_state in zip(self.optimizers, state["optimizers"], strict=True):
+                decay = [group["weight_decay"] for group in mine.param_groups]
                 mine.load_state_dict(saved_state)
+                for group, weight_decay in zip(mine.param_groups, decay, strict=True):
+                    group["weight_decay"] = weight_decay  # cfg may have another than before
             if state["scaler"]:  # it is empty unless the run was in fp16
                 self.scaler.load_state_dict(state["scaler"])
             step = state["step"]
@@ -1314,7 +1359,7 @@ class Run:
         facts = dict(
             device=f"{worker.device}, {threads} threads, {worker.world_size} workers",
             precision=f"{worker.dtype}, a bare matmul does {self.limit / 1e12:.3g} TFLOP/s",
-            chosen=f"compile {self.compiled}, {cfg.optimizer}, AdamW fused",
+            chosen=f"compile {is_compiled(cfg, worker)}, {cfg.optimizer}, AdamW fused",
             config=asdict(self.model.config), train_config=asdict(cfg), tokens=tokens,
             parameters=self.model.num_params(), start_step=start,
             epochs=round(tokens / self.loader.T / self.loader.n_windows, 2),
@@ -1328,10 +1373,16 @@ class Run:
             for path in [Path(cfg.data_dir, name) for name in ("encoder.json", "vocab.bpe")]:
                 if path.exists():  # the tokenizer is not GPT-2's
                     (self.log_dir / path.name).write_bytes(path.read_bytes())
-            records = [r for r in read_log(self.log_dir) if isinstance(r.get("step", -1), int)]
-            records = [r for r in records if r.get("step", -1) < start] + [facts]
-            with whole_file(self.log_dir / "log.jsonl") as file:
-                file.writelines(json.dumps(record).encode() + b"\n" for record in records)
+            with open(self.log_dir / "log.jsonl", "a+b") as file:
+                file.seek(0)
+                kept = 0  # bytes
+                for line in file:
+                    step = parse_record(line).get("step", -1)
+                    if not line.endswith(b"\n") or (isinstance(step, int) and step >= start):
+                        break
+                    kept += len(line)
+                file.truncate(kept)
+                file.write(json.dumps(facts).encode() + b"\n")
 
     def log(self, record: dict[str, Any]) -> None:
         self.worker.print(" | ".join(f"{key} {value:.5g}" for key, value in record.items()))
@@ -1363,34 +1414,63 @@ def transpose_conv1d(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.T.contiguous() if name.endswith(conv1d) else t for name, t in tensors.items()}
 
 
-def load_hugging_face(name_or_path: str) -> GPT:
-    """See GPT.from_pretrained. Reads safetensors only, which hold numbers and no code."""
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, GPT2Config
-    from transformers.utils import cached_file
+def local_folder(name: str | Path) -> Path:
+    """The folder of this name, or a copy of the repository of this name on Hugging Face's hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.txt", "*.bpe", "model*.safetensors"]
+    folder = Path(snapshot_download(str(name), allow_patterns=patterns))
+    if not any(folder.glob("*.safetensors")):  # an older model
+        snapshot_download(str(name), allow_patterns=[*patterns, "pytorch_model*.bin"])
+    return folder
+
+
+def load_hugging_face(name: str | Path) -> GPT:
+    """See GPT.from_pretrained. The files hold tensors, and nothing in them is executed."""
+    from safetensors.torch import load_file
+
+    load_bin = functools.partial(torch.load, map_location="cpu", weights_only=True)
+    kinds = (("model.safetensors", load_file), ("model-*-of-*.safetensors", load_file),
+             ("pytorch_model.bin", load_bin), ("pytorch_model-*-of-*.bin", load_bin))  # fmt: skip
     # Each of these changes what the weights compute, and in GPT-2 it has one value only.
-    same = ("model_type", "activation_function", "layer_norm_epsilon", "scale_attn_weights",
-            "scale_attn_by_inverse_layer_idx", "tie_word_embeddings")  # fmt: skip
-    # The head is wte, and OpenAI's causal masks are no weights.
-    left_out = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")
+    fixed = dict(
+        model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
+        scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
+    )  # fmt: skip
     try:
-        c, gpt2 = AutoConfig.from_pretrained(name_or_path), GPT2Config()
-        others = [key for key in same if getattr(c, key, None) != getattr(gpt2, key)]
-        require(not others, f"not a GPT-2, it has another {', '.join(others)}")
+        folder = local_folder(name)
+        c = fixed | json.loads((folder / "config.json").read_text("utf-8"))
+        others = [f"{key}={c[key]}" for key in fixed if c[key] != fixed[key]]
+        require(not others, f"its {', '.join(others)} is not GPT-2's")
+        shape = dict(block_size=c.get("n_positions"), vocab_size=c.get("vocab_size"))
+        shape |= {key: c.get(key) for key in ("n_layer", "n_head", "n_embd")}
         with torch.device("meta"):  # shapes without numbers, so that no memory is taken yet
-            model = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
-        tensors = load_file(cached_file(name_or_path, "model.safetensors"))
-        tensors = {n: t for n, t in tensors.items() if not n.endswith(left_out)}
-        tensors = {n.removeprefix("transformer."): t for n, t in tensors.items()}
+            model = GPT(GPTConfig(**shape))
+        found = ((sorted(folder.glob(pattern)), load) for pattern, load in kinds)
+        files, load = next(((files, load) for files, load in found if files), ([], load_bin))
+        require(len(files) > 0, "there is no model.safetensors and no pytorch_model.bin")
+        bytes_per_weight = sum(file.stat().st_size for file in files) / model.num_params()
+        too_few = f"the files hold fewer than the {model.num_params():,} parameters of config.json"
+        require(bytes_per_weight >= 2, too_few)
+        tensors = {name: t for file in files for name, t in load(file).items()}
+        # OpenAI's names lack the prefix, and its causal masks are not weights.
+        masks = (".attn.bias", ".attn.masked_bias")
+        tensors = {
+            n.removeprefix("transformer."): tensors[n] for n in tensors if not n.endswith(masks)
+        }
+        if (head := tensors.pop("lm_head.weight", None)) is not None:
+            wte = tensors.setdefault("wte.weight", head)  # some programs keep only one of the two
+            require(torch.equal(head, wte), "its lm_head differs from wte; in GPT-2 they are one")
         model.transformer.load_state_dict(transpose_conv1d(tensors), assign=True)
         model.lm_head.weight = model.transformer.wte.weight
         return model.float()
-    except Exception as e:  # the hub, safetensors and transformers each fail in their own ways
+    except Exception as e:  # the hub, safetensors and torch each fail in their own ways
         reason = " ".join((str(e) or repr(e)).split())
         raise ValueError(
-            f"no GPT-2 from {name_or_path!r}: {reason} (what can be: gpt2, gpt2-medium,"
-            " gpt2-large, gpt2-xl, or a folder with config.json and model.safetensors)"
+            f"no GPT-2 from {str(name)!r}: {reason} (what can be: gpt2, gpt2-medium, gpt2-large,"
+            " gpt2-xl, or a folder with config.json and model.safetensors)"
         ) from e
 
 
@@ -1430,10 +1510,18 @@ def load_model(name: str | Path) -> tuple[GPT, Encoding]:
     path = Path(name)
     best, newest = path / "hf", ([path] + list_checkpoints(path))[-1]
     weights = best if best.is_dir() else newest
-    is_checkpoint = weights.suffix == ".pt"
-    model = (
-        load_checkpoint(weights)[0] if is_checkpoint else GPT.from_pretrained(weights.as_posix())
-    )
+    if weights.suffix == ".pt":
+        model = load_checkpoint(weights)[0]
+    else:
+        model = GPT.from_pretrained(weights.as_posix())
+    if weights == path and weights.suffix != ".pt":  # not of a run, which may have GPT-2's
+        import fineweb
+
+        path = local_folder(name)
+        lacking = (
+            f"{name} has no tokenizer: copy vocab.json and merges.txt, or tokenizer.json, into it"
+        )
+        require(fineweb.has_tokenizer(path), lacking)
     tokenizer = load_tokenizer(path.parent if path.suffix == ".pt" else path)
     check_vocabulary(model, tokenizer)
     return model.eval(), tokenizer
@@ -1659,16 +1747,38 @@ def print_samples(flags: dict[str, Any]) -> None:
         print(text, end="\n\n")
 
 
-def pick_log_dir(flags: dict[str, Any], preset: str) -> str:
-    """The folder that was given. Otherwise log/PRESET, log/PRESET-2, …: the first that holds no
-    run, or with --resume the last that holds one. Errors: ValueError."""
-    resume, given = flags.get("resume", False), flags.get("log_dir")
-    names = [given] if given else [f"log/{preset}", *(f"log/{preset}-{i}" for i in range(2, 1000))]
-    taken = [Path(name, "log.jsonl").exists() for name in names]
-    refused = given and taken[0] and not resume
-    require(not refused, f"log_dir={given} holds a run: --resume goes on with it; or name another")
-    free = taken.index(False) if False in taken else 1
-    return names[max(0, free - 1) if resume or given else free]
+def take_log_dir(names: list[str], worker: Worker) -> str:
+    """Take the first of these folders that holds no run → its name, on all workers.
+
+    The first worker takes it by creating its log.jsonl. Of several runs that start at the same
+    moment, only one can do that. Errors: ValueError if all hold a run; OSError.
+    """
+    chosen = 0
+    for name in names if worker.rank == 0 else ():
+        Path(name).mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            Path(name, "log.jsonl").touch(exist_ok=False)
+            break
+        chosen += 1
+    chosen = int(worker.gather(chosen)[0, 0])
+    require(chosen < len(names), f"log_dir={names[0]} holds a run: --resume goes on with it")
+    return names[chosen]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Lock a file, if the system can do this in the way of Unix. Errors: ValueError if another
+    process has locked it."""
+    with path.open("rb") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ModuleNotFoundError:
+            pass  # on Windows
+        except BlockingIOError as e:
+            raise ValueError(f"{path.parent}: another process is writing this run") from e
+        yield
 
 
 def make_model(flags: dict[str, Any], shape: GPTConfig, cfg: TrainConfig) -> GPT:
@@ -1688,6 +1798,21 @@ def make_model(flags: dict[str, Any], shape: GPTConfig, cfg: TrainConfig) -> GPT
     require(same, f"init={cfg.init} is a {loaded.config}: it cannot become a {model.config}")
     model.load_state_dict(loaded.state_dict())
     return model
+
+
+def safe_device(cfg: TrainConfig, shape: GPTConfig) -> str:
+    """cfg.device, but the CPU for auto where Apple's GPU might compute wrongly.
+
+    There products over 32,767 terms or more may read past their operands (PyTorch's issues 153957
+    and 177116). Training has products over V, and over the B·T tokens of a micro-step.
+    """
+    terms = max(shape.vocab_size, cfg.micro_batch_size * (cfg.seq_len or shape.block_size))
+    on_mps = torch.backends.mps.is_available() and not torch.cuda.is_available()
+    if not on_mps or terms < 32767 or cfg.device not in ("auto", "mps"):
+        return cfg.device
+    known = "matrix products over 32,767 terms or more are known to be wrong on some Apple GPUs"
+    print(f"{known}: {'training on the cpu' if cfg.device == 'auto' else 'beware'}", flush=True)
+    return "cpu" if cfg.device == "auto" else "mps"
 
 
 @contextmanager
@@ -1714,25 +1839,41 @@ def run(flags: dict[str, Any]) -> int:
     if "generate" in flags:
         print_samples(flags)
         return 0
+    resume, given = flags.get("resume", False), flags.get("log_dir")
     has_shards = any(Path(TrainConfig.data_dir).glob("*train_*.npy"))
     preset = flags.get("preset") or ("gpt2" if has_shards or "init" in flags else "quick")
     shape, cfg = (with_flags(config, flags) for config in PRESETS[preset])
-    cfg = replace(cfg, log_dir=pick_log_dir(flags, preset))
-    worker = start_worker(cfg.device, cfg.precision)
-    if preset == "quick" and not flags.keys() & {"preset", "data_dir"}:
+    names = [given] if given else [f"log/{preset}", *(f"log/{preset}-{i}" for i in range(2, 1000))]
+    runs = [name for name in names if resume and Path(name, "log.jsonl").exists()]
+    changes = []
+    if runs and (first := next((r for r in read_log(runs[-1]) if "train_config" in r), None)):
+        # What is not given is as the run was started, and not as in the preset.
+        own = first["config"] | first["train_config"]
+        shape, cfg = (with_flags(config, own | flags) for config in (shape, cfg))
+        changes = [f"{k} was {own[k]!r}, now it is {flags[k]!r}" for k in own.keys() & flags.keys()
+                   if own[k] != flags[k] and k != "log_dir"]  # fmt: skip
+        flags = {"vocab_size": shape.vocab_size} | flags
+    worker = start_worker(safe_device(cfg, shape), cfg.precision)
+    worker.print(*changes)
+    cfg = replace(cfg, log_dir=runs[-1] if runs else take_log_dir(names, worker))
+    if preset == "quick" and not flags.keys() & {"preset", "data_dir"} and not runs:
         worker.print("no shards in edu_fineweb10B (python fineweb.py makes them): preset quick")
-    with collect_signals() as signals:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            Path(cfg.log_dir).mkdir(parents=True, exist_ok=True)
-            if preset == "quick" and "data_dir" not in flags:
+    log = Path(cfg.log_dir, "log.jsonl")
+    with collect_signals() as signals, locked(log) if worker.rank == 0 else nullcontext():
+        try:
+            on_stdlib = cfg.data_dir == PRESETS["quick"][1].data_dir and "data_dir" not in flags
+            if on_stdlib and int(os.environ.get("LOCAL_RANK", 0)) == 0:
                 import fineweb
 
                 fineweb.prepare_stdlib(cfg.data_dir)
-        worker.gather(0)  # the others wait here
-        for split in ("train", "val"):
-            find_shards(cfg.data_dir, split)  # an error here says more than one about the tokenizer
-        model = make_model(flags, shape, cfg).to(worker.device)
-        return train(model, cfg, worker, flags.get("resume", False), signals)
+            worker.gather(0)  # the others wait here
+            for split in ("train", "val"):  # an error in these is clearer than one that they cause
+                find_shards(cfg.data_dir, split)
+            model = make_model(flags, shape, cfg).to(worker.device)
+            return train(model, cfg, worker, resume, signals)
+        finally:
+            if worker.rank == 0 and log.stat().st_size == 0:
+                log.unlink()  # nothing has begun
 
 
 def main(argv: Sequence[str] | None = None) -> int:

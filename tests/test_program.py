@@ -330,6 +330,34 @@ def test_stopping_and_resuming_leaves_memory_and_open_files_as_they_were(data_di
     assert first[0] == last[0] and last[1] - first[1] < 2**24
 
 
+def test_two_runs_that_start_at_once_take_two_directories_and_both_finish(start):
+    """Also in a fresh folder, where both have to prepare the data."""
+    argv = [f for f in flags("--preset=quick", shape={}, max_steps=2) if "log_dir" not in f]
+    processes = [*start(argv), *start(argv, output="output2.txt")]
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0], Path("output2.txt").read_text()
+    assert steps("log/quick") == steps("log/quick-2") == [0, 1]
+    assert sorted(path.name for path in Path("log").iterdir()) == ["quick", "quick-2"]
+
+
+@posix
+def test_a_run_that_is_still_alive_is_not_resumed_by_another_process(start, finish, data_dir):
+    (process,) = start(flags(**LONG, data_dir=data_dir), output="first.txt", pause=0.05)
+    wait_for(3)
+    code, output = finish(flags("--resume", **LONG, data_dir=data_dir))
+    assert code == 1 and "log: another process is writing this run" in output
+    process.join(300)
+    assert process.exitcode == 0 and steps() == list(range(40))
+
+
+@posix
+def test_three_workers_share_a_step_whose_windows_do_not_divide(finish, finished, data_dir):
+    code, output = finish(flags(**SHARED, data_dir=data_dir), world_size=3)
+    assert code == 0 and "3 workers" in output, output
+    assert_close_run("log", finished)
+
+
 # ------------------------------------------------------------------------------------ torchrun
 
 SCRIPT = """
@@ -528,6 +556,75 @@ def test_each_run_gets_a_directory_and_resume_takes_the_last(data_dir, capsys):
     assert sorted(path.name for path in Path("log").iterdir()) == ["quick", "quick-2"]
 
 
+def test_resume_alone_goes_on_with_the_runs_own_arguments(data_dir, capsys):
+    train_gpt2.main(flags(data_dir=data_dir, max_steps=2, log_dir="log/quick"))
+    assert train_gpt2.main(["--resume", "--max_steps=4", "--weight_decay=0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "max_steps was 2, now it is 4" in out and "weight_decay was 0.1, now it is 0.5" in out
+    assert out.count("now it is") == 2 and "resumed at step 2" in out
+    assert steps("log/quick") == [0, 1, 2, 3]
+    facts = [record for record in train_gpt2.read_log("log/quick") if "config" in record][-1]
+    config, cfg = facts["config"], facts["train_config"]
+    assert config["n_embd"] == SHAPE["n_embd"] and cfg["total_batch_size"] == 256
+    assert (cfg["weight_decay"], cfg["data_dir"]) == (0.5, str(data_dir))
+    groups = load_checkpoint("log/quick/checkpoint_000004.pt")[1]["optimizers"]
+    decays = {g["weight_decay"] for o in groups for g in o["param_groups"]}
+    assert decays == {0.0, 0.5}
+
+
+def test_a_weight_decay_that_was_changed_on_resuming_shrinks_the_weights(data_dir):
+    norms = []
+    for decay in (0.1, 50.0):
+        argv = flags(data_dir=data_dir, max_steps=2, log_dir=f"log/{decay}")
+        train_gpt2.main(argv)
+        argv += ["--resume", "--max_steps=6", f"--weight_decay={decay}"]
+        assert train_gpt2.main(argv) == 0
+        model, _ = load_checkpoint(list_checkpoints(f"log/{decay}")[-1])
+        norms.append(model.transformer.wte.weight.norm().item())
+    assert norms[1] < 0.5 * norms[0]
+
+
+def test_main_runs_where_stdout_is_no_terminal_and_puts_the_signal_handlers_back(
+    data_dir, monkeypatch
+):
+    """As in Jupyter, whose output is an object of its own."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert train_gpt2.main(flags(data_dir=data_dir, max_steps=1)) == 0
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@posix
+def test_an_interrupt_in_a_notebook_saves_a_checkpoint_and_a_second_one_interrupts(
+    data_dir, monkeypatch
+):
+    batch = DataLoaderLite.batch
+
+    def interrupted(times):
+        calls = itertools.count()
+
+        def interrupting(loader, i):
+            if next(calls) == 3:
+                for _ in range(times):
+                    os.kill(os.getpid(), signal.SIGINT)
+            return batch(loader, i)
+
+        monkeypatch.setattr(DataLoaderLite, "batch", interrupting)
+        return train_gpt2.main(flags("--resume", data_dir=data_dir))
+
+    handler = signal.getsignal(signal.SIGINT)
+    assert interrupted(1) == 130 and last_saved() == len(steps()) == 2
+    assert interrupted(2) == 130 and last_saved() == 2
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ipythons_run_magic_runs_the_program(data_dir):
+    argv = " ".join(flags(data_dir=data_dir, max_steps=1))
+    command = [sys.executable, "-m", "IPython", "-c", f"%run {ROOT / 'train_gpt2.py'} {argv}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stdout + done.stderr and steps() == [0], done.stdout
+
+
 @pytest.mark.parametrize("pattern", [".", "checkpoint_000020.pt", "hf"])
 def test_training_starts_from_the_weights_that_init_names(pattern, finished, data_dir):
     init = finished / pattern
@@ -600,7 +697,6 @@ def fails(error_of):
     ("--max_steps=0", ["max_steps=0"]),
     ("--total_batch_size=1000", ["total_batch_size=1000", "nearest is 992"]),
     ("--seq_len=64", ["seq_len=64", "block_size=32"]),
-    ("--sample_prompt=", ["prompt"]),
     ("--sample_prompt=" + "the " * 50, ["prompt", "32"]),
     ("--vocab_size=256", ["vocab_size=256", "300"]),
     ("--vocab_size=512", ["vocab_size=512", "300"]),
@@ -711,7 +807,6 @@ def test_a_preset_without_its_data_is_an_error_and_no_silent_fall_back(monkeypat
 
 
 @pytest.mark.parametrize("flag, words", [
-    ("--generate=", "prompt"),
     ("--generate=" + "the " * 50, "prompt.*32"),
     ("--n=0", "n=0"),
     ("--n=-1", "n=-1"),

@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import zipfile
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ from train_gpt2 import (
     TrainConfig,
     Worker,
     configure_optimizers,
+    divide_step,
     evaluate,
     get_lr,
     list_checkpoints,
@@ -453,12 +455,34 @@ def test_sampling_has_its_own_randomness_and_leaves_the_model_as_it_was():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_prompt_has_a_token_at_least_and_block_size_at_most(tokenizer):
+def test_a_prompt_has_block_size_tokens_at_most(tokenizer):
     with pytest.raises(ValueError, match="prompt is empty"):
         tiny().generate(torch.zeros(1, 0, dtype=torch.long), 5)
-    for prompt, n in [("", 0), ("the" * 40, 40)]:
-        with pytest.raises(ValueError, match=rf"has {n}\d* tokens; this model takes 1 to 32"):
-            sample_texts(tiny(), tokenizer, Worker(), prompt, n=1, seed=0, max_new_tokens=5)
+    with pytest.raises(ValueError, match=r"has 40\d* tokens; this model takes at most 32"):
+        sample_texts(tiny(), tokenizer, Worker(), "the" * 40, n=1, seed=0, max_new_tokens=5)
+
+
+def test_without_a_prompt_a_sample_is_what_follows_endoftext(tokenizer):
+    model, how = tiny(), dict(temperature=0, max_new_tokens=20)
+    idx = model.generate(torch.tensor([[tokenizer.eot_token]]), n_vocab=300, **how)[0, 1:].tolist()
+    expected = tokenizer.decode(idx).split(fineweb.EOT)[0]
+    assert sample_texts(model, tokenizer, Worker(), "", n=1, **how) == [expected]
+
+
+def test_a_sample_ends_before_the_text_that_stops_it(tokenizer):
+    model, how = tiny(), dict(n=9, max_new_tokens=30)
+    whole = sample_texts(model, tokenizer, Worker(), "the abc", **how)
+    stop = whole[0][12:14]
+    stopped = sample_texts(model, tokenizer, Worker(), "the abc", stop=stop, **how)
+    assert stopped == ["the abc" + text[7:].split(stop)[0] for text in whole] != whole
+    in_prompt = sample_texts(model, tokenizer, Worker(), "the abc", stop="abc", **how)
+    assert all(text.startswith("the abc") for text in in_prompt)
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-6])
+def test_a_temperature_near_0_is_0(temperature):
+    logits = torch.randn(4, 300)
+    assert_same(sample(logits, temperature), sample(logits, 0))
 
 
 def test_samples_begin_with_the_prompt_and_end_before_endoftext(tokenizer):
@@ -600,6 +624,49 @@ def test_a_step_has_the_same_tokens_for_any_batch_and_number_of_workers(numbered
     for B, world_size in [(4, 2), (2, 4), (1, 1), (12, 2), (3, 1)]:
         assert order(numbered, B, world_size) == order(numbered, 8)
     assert order(numbered, 8, seed=1) != order(numbered, 8, seed=2)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 64])
+@pytest.mark.parametrize("preset", ["quick", "gpt2", "gpt2-xl"])
+def test_any_number_of_workers_shares_the_windows_of_a_step(preset, workers):
+    shape, cfg = PRESETS[preset]
+    T, windows = shape.block_size, cfg.total_batch_size // shape.block_size
+    for device in ("cpu", "cuda"):
+        worker = Worker(world_size=workers, device=torch.device(device))
+        if workers > windows:
+            with pytest.raises(ValueError, match="64 workers cannot share a step of 32 windows"):
+                divide_step(cfg, T, worker)
+            continue
+        B, micro_steps = divide_step(cfg, T, worker)
+        ends = [int(k * B) for k in range(workers * micro_steps + 1)]
+        sizes = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+        assert ends[-1] == windows and min(sizes) >= max(1, max(sizes) - 1)
+        most = min(cfg.micro_batch_size, 8192 // T) if device == "cpu" else cfg.micro_batch_size
+        assert max(sizes) <= most
+        assert (
+            micro_steps == 1 or windows / workers / (micro_steps - 1) > most
+        )  # no more than needed
+
+
+def test_three_workers_that_share_eight_windows_read_those_of_one(numbered):
+    B = Fraction(8, 3)
+    loaders = [DataLoaderLite(numbered, "train", B, T, rank, 3) for rank in range(3)]
+    taken, sizes = [], []
+    for i in range(12):
+        for x, _ in (loader.batch(i) for loader in loaders):
+            taken += x[:, 0].tolist()
+            sizes.append(len(x))
+    assert taken == order(numbered, 8) and set(sizes) == {2, 3}
+
+
+def test_more_shards_than_files_may_be_open_are_read(tmp_path):
+    pytest.importorskip("resource")
+    for i in range(300):
+        np.save(tmp_path / f"x_train_{i:03}.npy", np.full(9, i, dtype=np.uint16))
+    already = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 100
+    with limit("RLIMIT_NOFILE", already + 100):
+        loader = DataLoaderLite(tmp_path, "train", 1, T)
+        assert sorted(int(loader.batch(i)[0][0, 0]) for i in range(300)) == list(range(300))
 
 
 def test_iterating_gives_the_batches_one_after_the_other(numbered):
@@ -1120,6 +1187,65 @@ def test_ten_skipped_steps_in_a_row_stop_the_run(tmp_path, data_dir):
         fp16(tmp_path / "log", data_dir, overflow(0, *range(2, 12)), max_steps=30)
 
 
+def test_hf_is_the_model_of_the_best_evaluation_also_after_resuming(
+    tmp_path, data_dir, monkeypatch, capsys
+):
+    """The validation loss falls until step 6, and then rises. The run is stopped in step 8."""
+    found = {}
+
+    def losses(model, *args):
+        step = len(found) * 3
+        found[step] = {name: p.detach().clone() for name, p in model.named_parameters()}
+        return abs(step - 6) + 3.0, 1.0
+
+    monkeypatch.setattr("train_gpt2.evaluate", losses)
+    log_dir, signals = tmp_path / "log", []
+    stop = dict(prepare=lambda m: at_micro_steps(m, {17}, lambda loss: signals.append(15)))
+    assert begin(log_dir, data_dir, eval_every=3, signals=signals, **stop) == 15
+    begin(log_dir, data_dir, eval_every=3, resume=True)
+    best = GPT.from_pretrained(log_dir / "hf")
+    assert_same(best.transformer.wpe.weight, found[6]["transformer.wpe.weight"])
+    records = [r for r in read_log(log_dir) if "val_loss" in r]
+    assert [r["best_step"] for r in records] == [0, 3, 6, 6, 6]
+    out = capsys.readouterr().out
+    assert "hf/ the model of step 6" in out and "later models are worse" in out
+    model, tokenizer = load_model(log_dir)
+    assert_same(model.transformer.wpe.weight, best.transformer.wpe.weight)
+    assert tokenizer.n_vocab == 300
+
+
+def test_where_memory_is_full_in_the_first_pass_fewer_sequences_are_taken_at_once(
+    tmp_path, data_dir, monkeypatch, capsys
+):
+    """The same run comes of it. Here passes of more than two sequences fail."""
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    whole, hidden, sizes = tmp_path / "whole", GPT.hidden, []
+    begin(whole, data_dir, micro_batch_size=2)
+
+    def small(self, idx, *args, **how):
+        if self.training:
+            sizes.append(len(idx))
+            if len(idx) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden(self, idx, *args, **how)
+
+    monkeypatch.setattr(GPT, "hidden", small)
+    begin(tmp_path / "log", data_dir, micro_batch_size=8, compile="on")
+    assert sizes[:4] == [8, 4, 2, 2] and set(sizes[3:]) == {2}
+    assert "memory is full: 4 sequences at once" in capsys.readouterr().out
+    assert history(tmp_path / "log") == history(whole)
+
+
+def test_where_torch_compile_cannot_run_one_line_names_the_way_out(tmp_path, data_dir, monkeypatch):
+    class Broken(nn.Module):
+        def forward(self, *args):
+            raise RuntimeError("No working C++ compiler found.\nAnd many more lines.")
+
+    monkeypatch.setattr(torch, "compile", lambda model: Broken())
+    with pytest.raises(ValueError, match=r"C\+\+ compiler found\.\): use --compile off$"):
+        begin(tmp_path / "log", data_dir, compile="on")
+
+
 def test_what_cannot_be_written_is_not_worth_the_run(tmp_path, data_dir, run, capsys, monkeypatch):
     """The disk is full when a checkpoint and the plots are written."""
 
@@ -1209,6 +1335,58 @@ def test_a_model_of_hugging_faces_is_the_same_here(name, n_layer, n_embd, tmp_pa
     assert not gradients
     continued = theirs.generate(idx[:, :9], max_new_tokens=64, do_sample=False, pad_token_id=0)
     assert torch.equal(ours.generate(idx[:, :9], 64, temperature=0), continued)
+
+
+def in_shards(model, folder):
+    model.save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+
+
+def under_the_name_of_the_head(model, folder):
+    from safetensors.torch import save_model
+
+    model.config.save_pretrained(folder)
+    save_model(model, str(folder / "model.safetensors"))
+
+
+def as_pickles_of_tensors(model, folder):
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+
+
+def as_pickles_in_shards(model, folder):
+    model.config.save_pretrained(folder)
+    state = list(model.state_dict().items())
+    for i in (0, 1):
+        torch.save(dict(state[i::2]), folder / f"pytorch_model-0000{i + 1}-of-00002.bin")
+
+
+def without_a_head(model, folder):
+    model.transformer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("save", [
+    in_shards, under_the_name_of_the_head, as_pickles_of_tensors, as_pickles_in_shards,
+    without_a_head,
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_load_in_every_form_in_which_transformers_reads_them(save, dtype, tmp_path):
+    theirs = hugging_face().to(dtype)
+    save(theirs, tmp_path)
+    ours = GPT.from_pretrained(tmp_path)
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    assert ours.lm_head.weight is ours.transformer.wte.weight
+    idx = tokens(2, 9)
+    torch.testing.assert_close(ours(idx), theirs.float()(idx).logits, atol=1e-4, rtol=0)
+
+
+def test_code_that_a_folder_brings_along_is_never_run(folder, tmp_path, monkeypatch):
+    copied = shutil.copytree(folder, tmp_path / "hf")
+    (copied / "evil.py").write_text("import pathlib\npathlib.Path('exploded').touch()\n")
+    edit_config(auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.M"})(copied)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert_same(GPT.from_pretrained(copied).state_dict(), GPT.from_pretrained(folder).state_dict())
+    assert not Path("exploded").exists()
 
 
 def test_from_hugging_face_and_back_every_tensor_is_identical_to_the_bit(folder, tmp_path):
@@ -1318,6 +1496,12 @@ def only_a_pickle(content):
     return edit
 
 
+def remove_a_shard(folder):
+    (folder / "model.safetensors").unlink()
+    hugging_face().save_pretrained(folder, max_shard_size="40KB")
+    max(folder.glob("model-*"), key=os.path.getsize).unlink()
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_a_folder_that_claims_more_than_it_holds_takes_no_memory(folder, tmp_path):
     """Here 3 GB, and 200 GB, where one more may be had."""
@@ -1359,8 +1543,14 @@ BAD_FOLDERS = {
         NAME[12:],
     ),
     "truncated": (lambda folder: os.truncate(folder / "model.safetensors", 99_999), ""),
-    "only a pickle": (only_a_pickle({}), "safetensors"),
-    "only a hostile pickle": (only_a_pickle(Bomb()), "safetensors"),
+    "a pickle without tensors": (only_a_pickle({}), "fewer than|wte"),
+    "only a hostile pickle": (only_a_pickle(Bomb()), "fewer than|weights_only|Unsupported"),
+    "another head": (
+        edit_tensors(lambda tensors: tensors.update({"lm_head.weight": torch.zeros(384, 32)})),
+        "lm_head differs from wte",
+    ),
+    "exact GELU": (edit_config(activation_function="gelu"), "activation_function=gelu"),
+    "a shard that is missing": (lambda folder: remove_a_shard(folder), "wte|h\\.[01]"),
 }
 
 
