@@ -29,6 +29,7 @@ import sys
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import tiktoken
@@ -207,6 +208,24 @@ def write_page(
     finally:
         with suppress(OSError):  # as a rule it has been renamed
             temporary.unlink()
+
+
+def plot_log(records: list[dict[str, Any]], file: BinaryIO) -> None:
+    """Draw a run's losses over its steps, and HellaSwag beside them if it was evaluated, as PNG."""
+    from matplotlib.figure import Figure
+
+    panels = {"training and validation loss, nats per token": ("loss", "val_loss")}
+    if any("hellaswag_acc" in record for record in records):
+        panels["HellaSwag, share of right answers"] = ("hellaswag_acc", "hellaswag_acc_norm")
+    figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
+    for i, (title, keys) in enumerate(panels.items(), 1):
+        ax = figure.add_subplot(1, len(panels), i, title=title, xlabel="step")
+        for key in keys:
+            points = [(r["step"], r[key]) for r in records if {"step", key} <= r.keys()]
+            steps, values = np.reshape(points, (-1, 2)).T
+            ax.plot(steps, values, "-" if key == "loss" else "o-", label=key, ms=4, lw=1)
+        ax.legend()
+    figure.savefig(file, format="png", dpi=120)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -60,7 +60,6 @@ import argparse
 import ctypes
 import functools
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -300,7 +299,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x)  # (B, T, V)
         if saves_memory_in_chunks(x):  # on a CPU: the same number as below
-            return ChunkedLoss.apply(x, self.lm_head.weight, targets)
+            return ChunkedLoss.apply(x, self.lm_head.weight, targets, torch.is_grad_enabled())
         logits = self.lm_head(x).float()  # (B, T, V)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
@@ -340,7 +339,6 @@ class GPT(nn.Module):
         c = self.config
         return 6 * (self.num_params() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
 
-    @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int, stop: int | None = None,
                  n_vocab: int | None = None, **settings: Any) -> Tensor:  # fmt: skip
         """Continue each row of idx (B, T), token by token → (B, T + max_new_tokens).
@@ -360,7 +358,7 @@ class GPT(nn.Module):
         block_size = self.config.block_size
         caches = [KVCache(block_size) for _ in self.transformer.h]
         ended = torch.zeros_like(idx[:, :1], dtype=torch.bool)  # (B, 1)
-        with inference(self, rows=len(idx)):  # no dropout
+        with inference(self, rows=len(idx)):  # no gradients, no dropout
             for _ in range(max_new_tokens):
                 if idx.size(1) <= block_size:
                     x = self.hidden(idx[:, caches[0].n_tokens :], caches=caches)  # (B, new, C)
@@ -530,27 +528,27 @@ class DataLoaderLite:
         self.seed, self.n_vocab, self.shuffled = seed, n_vocab, split == "train"
         self.paths = find_shards(data_dir, split)
         self.open_shard = functools.lru_cache(maxsize=64)(open_shard)  # a system limits open files
-        self.counts = np.array([(len(self.open_shard(path)) - 1) // T for path in self.paths])
-        self.counts = self.counts.clip(0)  # windows of each shard
-        self.n_windows = int(self.counts.sum())
+        self.counts = [max(0, len(self.open_shard(path)) - 1) // T for path in self.paths]
+        self.n_windows = sum(self.counts)
         no_window = f"{data_dir}: no {split} shard has the {T + 1} tokens of one window"
         require(self.n_windows > 0, no_window)
 
+    def order(self, n: int, *key: int) -> Sequence[int]:
+        """The numbers 0 … n-1, shuffled in a way that follows from seed and key, or in order."""
+        return shuffled(n, self.seed, *key) if self.shuffled else range(n)
+
     def window(self, i: int) -> np.ndarray:
-        """The T + 1 tokens of window i, where the numbers run on from epoch to epoch."""
+        """The T + 1 tokens of window i. The numbers run on from epoch to epoch."""
         epoch, i = divmod(i, self.n_windows)
-        order = np.arange(len(self.paths))  # of the shards
-        if self.shuffled:
-            order = permutation(len(order), self.seed, epoch)
-        ends = self.counts[order].cumsum()
-        place = int(ends.searchsorted(i, side="right"))
-        shard = int(order[place])
-        i -= int(ends[place] - self.counts[shard])  # now it counts within the shard
-        if self.shuffled:
-            i = int(permutation(int(self.counts[shard]), self.seed, epoch, shard + 1)[i])
-        tokens = self.open_shard(self.paths[shard])[i * self.T : (i + 1) * self.T + 1]
-        too_large = f"{self.paths[shard]}: id {tokens.max()} in a vocabulary of {self.n_vocab}"
-        require(tokens.max() < self.n_vocab, too_large)
+        for shard in self.order(len(self.paths), epoch):
+            if i < self.counts[shard]:  # it is in this shard
+                break
+            i -= self.counts[shard]
+        i = self.order(self.counts[shard], epoch, shard + 1)[i]
+        path = self.paths[shard]
+        tokens = self.open_shard(path)[i * self.T : (i + 1) * self.T + 1]
+        largest = int(tokens.max())
+        require(largest < self.n_vocab, f"{path}: id {largest} in a vocabulary of {self.n_vocab}")
         return tokens
 
     def windows(self, numbers: range) -> tuple[Tensor, Tensor]:
@@ -670,7 +668,7 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
 
         # 5. Write down how it went.
         run.log_step(step, losses.mean().item(), lr, norm, time.perf_counter() - began)
-    if finished:
+    if finished and not signum:
         run.finish()
     return signum
 
@@ -707,13 +705,14 @@ def check_values(config: GPTConfig | TrainConfig | SampleConfig) -> None:
     """Errors: ValueError that names the first value which is not allowed."""
     for f in fields(config):
         value = getattr(config, f.name)
+        kind = (int, float) if isinstance(f.default, float) else type(f.default)
+        require(isinstance(value, kind), f"{f.name}={value!r} is no {type(f.default).__name__}")
         if choices := CHOICES.get(f.name):
             require(value in choices, f"{f.name}={value!r} is not one of {', '.join(choices)}")
-        elif not isinstance(f.default, str):
-            low = 0 if f.name in MAY_BE_0 else 1 if isinstance(f.default, int) else 1e-12
+        elif not isinstance(value, str):
+            low = 0 if f.name in MAY_BE_0 else 1 if isinstance(value, int) else 1e-12
             high = AT_MOST.get(f.name, 2**40)
-            number = isinstance(value, (int, float)) and low <= value <= high
-            require(number, f"{f.name}={value!r} is not from {low} to {high}")
+            require(low <= value <= high, f"{f.name}={value!r} is not from {low} to {high}")
     if isinstance(config, GPTConfig):
         C, nh = config.n_embd, config.n_head
         require(C % nh == 0, f"n_embd={C} is not a multiple of n_head={nh}")
@@ -853,16 +852,18 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=8)
-def permutation(n: int, *key: int) -> np.ndarray:
+def shuffled(n: int, *key: int) -> list[int]:
     """The numbers 0 … n-1 in an order that follows from the key."""
-    return np.random.default_rng(key).permutation(n)
+    return np.random.default_rng(key).permutation(n).tolist()
 
 
 def load_tokenizer(folder: str | Path) -> Encoding:
     """The tokenizer in a folder, or GPT-2's if there is none. Errors: ValueError, OSError."""
     try:
         import fineweb
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as e:
+        if e.name != "fineweb":
+            raise
         its_own = Path(folder, "vocab.bpe").exists()
         require(not its_own, f"{folder} has its own tokenizer: reading it takes fineweb.py")
         return tiktoken.get_encoding("gpt2")
@@ -937,8 +938,8 @@ class Worker:
 
     @contextmanager
     def inference(self, model: GPT, rows: int) -> Iterator[None]:
-        """Mixed precision, no dropout, no gradients. rows: see the function `inference`."""
-        with torch.no_grad(), self.autocast(), inference(model, rows):
+        """Mixed precision, no dropout, no gradients. rows: see the function of this name."""
+        with self.autocast(), inference(model, rows):
             yield
 
     def matmul_flops(self) -> float:
@@ -961,11 +962,9 @@ def fast_precision(device: str) -> str:
     """
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        # PyTorch 2.9 cannot tell what a CPU has.
-        features = getattr(torch.cpu, "get_capabilities", dict)()
-        return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
-    return "fp32"
+    # PyTorch 2.9 cannot tell what a CPU has, and then takes fp32.
+    features = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
+    return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
 
 
 def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
@@ -975,16 +974,20 @@ def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
     """
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     device = next(name for name in there if there[name]) if device == "auto" else device
-    alone = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
-    rank, world_size, local_rank = (int(os.environ.get(name, alone[name])) for name in alone)
+    by_torchrun = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0) | os.environ
+    rank, world_size, local_rank = (
+        int(by_torchrun[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    )
     require(there[device], f"device={device}: PyTorch finds none on this machine")
-    slow = device == "cpu" and precision == "fp16"
-    require(not slow, "precision=fp16: a CPU emulates it, very slowly; take bf16 or fp32")
-    together = f"{world_size} workers cannot train together on mps: take --device cpu"
-    require(world_size == 1 or device != "mps", together)
+    emulated = device == "cpu" and precision == "fp16"
+    require(not emulated, "precision=fp16: a CPU emulates it, very slowly; take bf16 or fp32")
+    alone = f"{world_size} workers cannot train together on mps: take --device cpu"
+    require(world_size == 1 or device != "mps", alone)
     gpus = torch.cuda.device_count() if device == "cuda" else local_rank + 1
     require(local_rank < gpus, f"worker {local_rank} has no GPU, of {gpus}: lower --nproc_per_node")
     here = torch.device(device, local_rank if device == "cuda" else None)
+    if device == "cuda":
+        torch.cuda.set_device(here)
     if world_size > 1:
         # Workers find each other through a store, which outlives them. A worker that torchrun has
         # started again must not read there the address of one that died. So each start uses its own
@@ -992,8 +995,10 @@ def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
         store, _, _ = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
-        backend, device_id = ("nccl", here) if device == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, None, None, world_size, rank, store, device_id=device_id)
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world_size,
+            device_id=here if device == "cuda" else None,
+        )  # fmt: skip
     if device == "cpu":
         keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32: the range of fp32, 11 significant bits
@@ -1016,7 +1021,7 @@ def divide_step(cfg: TrainConfig, T: int, worker: Worker) -> tuple[Fraction, int
     require(workers <= windows, f"{workers} workers cannot share a step of {windows} windows")
     if worker.device.type == "cpu":
         most = min(most, max(1, 8192 // T))
-    micro_steps = math.ceil(windows / (workers * most))
+    micro_steps = min(math.ceil(windows / (workers * most)), windows // workers)  # none is empty
     return Fraction(windows, workers * micro_steps), micro_steps
 
 
@@ -1080,31 +1085,37 @@ def evaluate(model: GPT, loader: DataLoaderLite, val_tokens: int, tokenizer: Enc
     n = min(max(1, val_tokens // loader.T), loader.n_windows)
     first, end = (n * (worker.rank + i) // worker.world_size for i in (0, 1))
     nats = n_bytes = 0.0
-    with worker.inference(model, loader.B * loader.T):
-        for i in range(first, end, loader.B):
-            x, y = loader.windows(range(i, min(i + loader.B, end)))  # (B, T) each
+    B = math.ceil(loader.B)
+    with worker.inference(model, B * loader.T):
+        for i in range(first, end, B):
+            x, y = loader.windows(range(i, min(i + B, end)))  # (B, T) each
             n_bytes += float(lengths[y].sum())
             nats += model(*worker.to_device(x, y)).item() * y.numel()
     nats, n_bytes = worker.gather(nats, n_bytes).sum(dim=0).tolist()
     return nats / (n * loader.T), nats / math.log(2) / max(1, n_bytes)
 
 
+def encode_prompt(prompt: str, model: GPT, tokenizer: Encoding) -> list[int]:
+    """The ids of a prompt. An empty one begins a document. Errors: ValueError if it is too long."""
+    ids = tokenizer.encode(prompt, disallowed_special=()) or [tokenizer.eot_token]
+    T, limit = len(ids), model.config.block_size
+    require(T <= limit, f"the prompt has {T} tokens; this model takes at most {limit}")
+    return ids
+
+
 def sample_texts(model: GPT, tokenizer: Encoding, worker: Worker, prompt: str, n: int,
                  seed: int = 1337, stop: str = "", **settings: Any) -> list[str]:  # fmt: skip
     """n texts that begin with the prompt. Without a prompt they begin as documents do.
 
-    A text ends where it contains `stop`, if this is given. settings: see GPT.generate. Errors:
-    ValueError if the prompt is longer than the model can read.
+    A text ends where it contains `stop`, if this is given. settings: see GPT.generate. Errors: as
+    encode_prompt.
     """
-    eot = tokenizer.eot_token
-    ids = tokenizer.encode(prompt, disallowed_special=()) or [eot]
-    T, limit = len(ids), model.config.block_size
-    require(T <= limit, f"the prompt has {T} tokens; this model takes at most {limit}")
-    settings |= dict(stop=eot, n_vocab=tokenizer.n_vocab)
+    ids, eot = encode_prompt(prompt, model, tokenizer), tokenizer.eot_token
+    idx = torch.tensor([ids] * n, device=worker.device)  # (n, T)
     settings["generator"] = torch.Generator(worker.device).manual_seed(seed)
     with worker.autocast():
-        rows = model.generate(torch.tensor([ids] * n, device=worker.device), **settings)
-    new = [row + [eot] for row in rows[:, T:].tolist()]
+        rows = model.generate(idx, stop=eot, n_vocab=tokenizer.n_vocab, **settings)
+    new = [[*row, eot] for row in rows[:, len(ids) :].tolist()]
     texts = [tokenizer.decode(row[: row.index(eot)]) for row in new]
     return [prompt + (text.partition(stop)[0] if stop else text) for text in texts]
 
@@ -1133,12 +1144,12 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def only_warn() -> Iterator[None]:
-    """Say so and go on, if a file cannot be written (the disk is full, for instance), or if one of
-    the other programs, or a library that is not essential, is missing."""
+def only_warn(*errors: type[Exception]) -> Iterator[None]:
+    """Print these errors as warnings and go on. So it is, too, if a file cannot be written, because
+    the disk is full for instance, and if a module that is not essential is missing."""
     try:
         yield
-    except (OSError, ModuleNotFoundError) as e:
+    except (OSError, ModuleNotFoundError, *errors) as e:
         with suppress(OSError):
             print(f"WARNING: {e}", file=sys.stderr, flush=True)
 
@@ -1156,9 +1167,20 @@ def save_checkpoint(log_dir: Path, keep_every: int, step: int, **state: Any) -> 
     """
     with whole_file(log_dir / f"checkpoint_{step:06d}.pt") as file:
         torch.save(state | {"step": step}, file)
-    for old in list_checkpoints(log_dir)[:-2]:
-        if int(old.stem[11:]) % keep_every:
-            old.unlink()
+    steps = {int(path.stem[11:]): path for path in list_checkpoints(log_dir)}
+    for old in [old for old in steps if old < step][:-1]:
+        if old % keep_every:
+            steps[old].unlink()
+
+
+def build(config: GPTConfig, tensors: dict[str, Tensor]) -> GPT:
+    """The model of this shape that consists of these tensors. Errors: RuntimeError if they are
+    others than those of its state_dict()."""
+    with torch.device("meta"):  # shapes without numbers: this takes no memory
+        model = GPT(config)
+    model.load_state_dict(tensors, assign=True)
+    model.lm_head.weight = model.transformer.wte.weight
+    return model
 
 
 def load_checkpoint(path: str | Path) -> tuple[GPT, dict[str, Any]]:
@@ -1174,16 +1196,24 @@ def load_checkpoint(path: str | Path) -> tuple[GPT, dict[str, Any]]:
             require(not marked, "its directory is damaged")
             require(archive.testzip() is None, "a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        with torch.device("meta"):  # shapes without numbers, so that no memory is taken yet
-            model = GPT(GPTConfig(**state["config"]))
-        model.load_state_dict(state["model"], assign=True)
-        model.lm_head.weight = model.transformer.wte.weight
+        model = build(GPTConfig(**state["config"]), state["model"])
         holds_all = 4 * model.num_params() <= os.path.getsize(path)
         require(holds_all, "it claims to hold more than it does")
         return model.float(), state
     except Exception as e:  # zip, pickle and torch each fail in their own ways
         reason = (str(e) or repr(e)).splitlines()[0]
         raise ValueError(f"{path} is no whole checkpoint of this version: {reason}") from e
+
+
+def newest_checkpoint(log_dir: str | Path) -> tuple[Path, GPT, dict[str, Any]] | None:
+    """The newest checkpoint that is whole: its path and load_checkpoint's answer. None if there is
+    no checkpoint yet. Errors: ValueError if there are some, but none is whole."""
+    paths = list_checkpoints(log_dir)
+    for path in reversed(paths):
+        with only_warn(ValueError):
+            return path, *load_checkpoint(path)
+    require(not paths, f"{log_dir}: none of its checkpoints is whole")
+    return None
 
 
 def parse_record(line: bytes) -> dict[str, Any]:
@@ -1201,25 +1231,6 @@ def read_log(log_dir: str | Path) -> list[dict[str, Any]]:
     return [record for record in map(parse_record, lines) if record]
 
 
-def plot_log(log_dir: Path) -> None:
-    """loss.png: the losses over the steps, and HellaSwag beside them where it was evaluated."""
-    from matplotlib.figure import Figure
-
-    records = read_log(log_dir)
-    panels = {"training and validation loss, nats per token": ("loss", "val_loss")}
-    if any("hellaswag_acc" in record for record in records):
-        panels["HellaSwag, share of right answers"] = ("hellaswag_acc", "hellaswag_acc_norm")
-    figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
-    for i, title in enumerate(panels, 1):
-        ax = figure.add_subplot(1, len(panels), i, title=title, xlabel="step")
-        for key in panels[title]:
-            points = [(r["step"], r[key]) for r in records if {"step", key} <= r.keys()]
-            ax.plot(*np.reshape(points, (-1, 2)).T, "-" if key == "loss" else "o-", label=key)
-        ax.legend()
-    with whole_file(log_dir / "loss.png") as file:
-        figure.savefig(file, format="png", dpi=120)
-
-
 class Run:
     """What surrounds the training loop. Errors: ValueError if model, data and cfg do not fit."""
 
@@ -1234,52 +1245,61 @@ class Run:
         self.best_loss, self.best_step = math.inf, 0  # of all evaluations so far
         self.best_saved = True
         check_vocabulary(model, tokenizer)
-        self.samples(n=1, max_new_tokens=0)  # is the prompt too long?
-        sizes = (math.ceil(loader.B), loader.T, worker.rank, worker.world_size, cfg.seed)
-        self.val_loader = DataLoaderLite(cfg.data_dir, "val", *sizes, tokenizer.n_vocab)
+        encode_prompt(cfg.sample_prompt, model, tokenizer)  # an error comes now, not later
+        sizes = loader.B, loader.T, worker.rank, worker.world_size, cfg.seed, tokenizer.n_vocab
+        self.val_loader = DataLoaderLite(cfg.data_dir, "val", *sizes)
         self.examples = []
         if cfg.hellaswag == "on":
             with only_warn():  # if hellaswag.py is not there
                 import hellaswag
 
-                self.examples = hellaswag.load_examples(worker)
-
-    def samples(self, **settings: Any) -> list[str]:
-        prompt, seed = self.cfg.sample_prompt, self.cfg.seed
-        return sample_texts(self.model, self.tokenizer, self.worker, prompt, seed=seed, **settings)
+                self.hellaswag, self.examples = hellaswag, hellaswag.load_examples(worker)
 
     def evaluate(self, step: int) -> None:
         """Log the validation loss and HellaSwag after `step` steps, draw loss.png, print samples,
         and write the model into hf/ if it is the best so far. Errors: FloatingPointError."""
-        cfg, worker, model, tokenizer = self.cfg, self.worker, self.model, self.tokenizer
-        val_loss, bits = evaluate(model, self.val_loader, cfg.val_tokens, tokenizer, worker)
+        cfg, worker, model = self.cfg, self.worker, self.model
+        val_loss, bits = evaluate(model, self.val_loader, cfg.val_tokens, self.tokenizer, worker)
         if not math.isfinite(val_loss):
             raise FloatingPointError(f"step {step}: the validation loss is {val_loss}")
-        record = dict(step=step, val_loss=val_loss, bits_per_byte=bits)
+        scores = {}
         if self.examples:
-            import hellaswag
-
-            record |= hellaswag.evaluate(model, tokenizer, self.examples, worker)
+            scores = self.hellaswag.evaluate(model, self.tokenizer, self.examples, worker)
         if val_loss < self.best_loss:
             self.best_loss, self.best_step = val_loss, step
-        self.log(record | dict(best_step=self.best_step))
+        self.log(
+            step=step, val_loss=val_loss, bits_per_byte=bits, best_step=self.best_step, **scores
+        )
         if worker.rank == 0:
-            with only_warn():
-                plot_log(self.log_dir)
-            samples = self.samples(n=4, max_new_tokens=32, top_k=50)
+            with only_warn(), whole_file(self.log_dir / "loss.png") as file:
+                import life
+
+                life.plot_log(read_log(self.log_dir), file)
+            samples = sample_texts(
+                model, self.tokenizer, worker, cfg.sample_prompt, n=4, seed=cfg.seed,
+                max_new_tokens=32, top_k=50,
+            )  # fmt: skip
             worker.print(*(f"  {text!r}" for text in samples))
             if step == self.best_step:
                 self.best_saved = False
                 with only_warn():
-                    model.save_pretrained(self.log_dir / "hf", tokenizer)
+                    model.save_pretrained(self.log_dir / "hf", self.tokenizer)
                     self.best_saved = True
 
     def finish(self) -> None:
         """Say what the run leaves behind. Errors: OSError if the best model could not be saved."""
         if not self.best_saved:
             raise OSError(f"{self.log_dir}/hf lacks the best model, as it could not be written")
+        if self.worker.rank == 0:
+            with only_warn(ValueError):
+                import life
+
+                page = self.log_dir / "life.html"
+                life.write_page(*load_model(self.log_dir), page, name=self.cfg.log_dir)
         which = f"in hf/ the model of step {self.best_step}, whose validation loss is the lowest"
-        self.worker.print(f"{self.log_dir} has log.jsonl, loss.png, checkpoints, and {which}")
+        self.worker.print(
+            f"{self.log_dir} has log.jsonl, loss.png, life.html, checkpoints, and {which}"
+        )
         if self.best_step < self.cfg.max_steps:
             self.worker.print("later models are worse: fewer steps or more text would help")
 
@@ -1301,17 +1321,9 @@ class Run:
 
         Errors: ValueError if none is whole, or if they are of another run.
         """
-        paths = list_checkpoints(self.log_dir)
-        for path in reversed(paths):
-            try:
-                saved, state = load_checkpoint(path)
-                break
-            except ValueError as e:  # try the one before it
-                print(f"WARNING: {e}", file=sys.stderr, flush=True)
-        else:
-            require(not paths, f"{self.log_dir}: none of its checkpoints is whole")
         step = 0
-        if paths:
+        if found := newest_checkpoint(self.log_dir):
+            path, saved, state = found
             same = saved.config == self.model.config
             require(same, f"{path} has another shape: {saved.config}, not {self.model.config}")
             optimizer = state["train_config"]["optimizer"]
@@ -1331,8 +1343,8 @@ class Run:
         require(len(steps) == 1, differ)
         beyond = f"{self.log_dir} has a checkpoint of step {step}, but max_steps is {end}"
         require(step <= end, beyond)
-        found = f"resumed at step {step}" if paths else "no checkpoint yet: starts at step 0"
-        self.worker.print(found)
+        resumed = f"resumed at step {step}"
+        self.worker.print(resumed if found else "no checkpoint yet: starts at step 0")
         return step
 
     def must_skip(self, step: int, losses: Tensor, norm: float) -> bool:
@@ -1368,8 +1380,9 @@ class Run:
         )  # fmt: skip
         worker.print(*(f"{key}: {value}" for key, value in facts.items()))
         if worker.rank == 0:
-            for half_written in self.log_dir.glob("*.tmp"):
-                half_written.unlink()
+            for pattern in ("checkpoint_*.tmp", "*.png.tmp", "hf/*.tmp"):
+                for half_written in self.log_dir.glob(pattern):
+                    half_written.unlink()
             for path in [Path(cfg.data_dir, name) for name in ("encoder.json", "vocab.bpe")]:
                 if path.exists():  # the tokenizer is not GPT-2's
                     (self.log_dir / path.name).write_bytes(path.read_bytes())
@@ -1384,21 +1397,25 @@ class Run:
                 file.truncate(kept)
                 file.write(json.dumps(facts).encode() + b"\n")
 
-    def log(self, record: dict[str, Any]) -> None:
-        self.worker.print(" | ".join(f"{key} {value:.5g}" for key, value in record.items()))
+    def log(self, **record: float) -> None:
+        """Print a record and write it. Numbers that are not finite are left out: JSON has none."""
+        record = {key: value for key, value in record.items() if math.isfinite(value)}
+        shown = {k: v if isinstance(v, int) else f"{v:.5g}" for k, v in record.items()}
+        self.worker.print(" | ".join(f"{key} {value}" for key, value in shown.items()))
         if self.worker.rank == 0:
             with only_warn(), open(self.log_dir / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
     def log_step(self, step: int, loss: float, lr: float, norm: float, seconds: float) -> None:
         self.seconds += seconds
-        left = self.seconds / (step - self.start + 1) * (self.cfg.max_steps - step - 1)
+        per_step = self.seconds / (step - self.start + 1)
+        left = per_step * (self.cfg.max_steps - step - 1)
         tok_per_s = self.cfg.total_batch_size / seconds  # of all workers together
         flops = tok_per_s / self.worker.world_size * self.model.flops_per_token(self.loader.T)
-        record = dict(step=step, loss=loss, lr=lr, ms=seconds * 1e3)
-        record |= dict(grad_norm=norm) if math.isfinite(norm) else {}  # JSON has no infinity
-        record |= dict(tok_per_s=tok_per_s, utilisation=flops / self.limit, minutes_left=left / 60)
-        self.log(record)
+        self.log(
+            step=step, loss=loss, lr=lr, ms=seconds * 1e3, grad_norm=norm, tok_per_s=tok_per_s,
+            utilisation=flops / self.limit, minutes_left=left / 60,
+        )  # fmt: skip
 
 
 # --------------------------------------------------------------------- Weights of other programs
@@ -1446,25 +1463,24 @@ def load_hugging_face(name: str | Path) -> GPT:
         require(not others, f"its {', '.join(others)} is not GPT-2's")
         shape = dict(block_size=c.get("n_positions"), vocab_size=c.get("vocab_size"))
         shape |= {key: c.get(key) for key in ("n_layer", "n_head", "n_embd")}
-        with torch.device("meta"):  # shapes without numbers, so that no memory is taken yet
-            model = GPT(GPTConfig(**shape))
         found = ((sorted(folder.glob(pattern)), load) for pattern, load in kinds)
         files, load = next(((files, load) for files, load in found if files), ([], load_bin))
         require(len(files) > 0, "there is no model.safetensors and no pytorch_model.bin")
-        bytes_per_weight = sum(file.stat().st_size for file in files) / model.num_params()
-        too_few = f"the files hold fewer than the {model.num_params():,} parameters of config.json"
-        require(bytes_per_weight >= 2, too_few)
         tensors = {name: t for file in files for name, t in load(file).items()}
         # OpenAI's names lack the prefix, and its causal masks are not weights.
         masks = (".attn.bias", ".attn.masked_bias")
         tensors = {
-            n.removeprefix("transformer."): tensors[n] for n in tensors if not n.endswith(masks)
-        }
-        if (head := tensors.pop("lm_head.weight", None)) is not None:
-            wte = tensors.setdefault("wte.weight", head)  # some programs keep only one of the two
+            f"transformer.{name.removeprefix('transformer.')}": t
+            for name, t in tensors.items() if not name.endswith(masks)
+        }  # fmt: skip
+        head = tensors.pop("transformer.lm_head.weight", None)
+        if head is not None:  # some programs keep only one of the two
+            wte = tensors.setdefault("transformer.wte.weight", head)
             require(torch.equal(head, wte), "its lm_head differs from wte; in GPT-2 they are one")
-        model.transformer.load_state_dict(transpose_conv1d(tensors), assign=True)
-        model.lm_head.weight = model.transformer.wte.weight
+        tensors["lm_head.weight"] = tensors.get("transformer.wte.weight")
+        model = build(GPTConfig(**shape), transpose_conv1d(tensors))
+        too_few = f"the files hold fewer than the {model.num_params():,} parameters of config.json"
+        require(sum(f.stat().st_size for f in files) >= 2 * model.num_params(), too_few)
         return model.float()
     except Exception as e:  # the hub, safetensors and torch each fail in their own ways
         reason = " ".join((str(e) or repr(e)).split())
@@ -1549,83 +1565,81 @@ class ChunkedLoss(torch.autograd.Function):
     """x (B, T, C), weight (V, C), targets (B, T) → mean cross entropy of x·weightᵀ, in nats, ().
 
     The B·T·V logits are by far the largest tensor of a step. Here only some rows of them exist at a
-    time. Their gradient has to be used while they exist, and so forward() computes the gradients of
-    x and weight as well, if they are asked for, and backward() only scales them. A gradient of
-    these gradients is refused. With autocast, the three products are in its dtype.
+    time. Their gradient is used while they exist: forward() computes the gradients of x and weight
+    as well, if `learns` says so, and backward() only scales them. Second derivatives are refused.
+    With autocast, the three products are in its dtype.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, learns: bool) -> Tensor:
+        x_grad, weight_grad = x.new_empty(x.shape), torch.zeros_like(weight)
         ctx.save_for_backward(x_grad, weight_grad)
         x, x_grad = x.flatten(0, 1), x_grad.flatten(0, 1)  # (N, C)
         targets = targets.flatten()[:, None]  # (N, 1)
         if torch.is_autocast_enabled("cpu"):
             x, weight = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight))
-        loss, N, V = torch.zeros(()), len(x), len(weight)
+        loss = torch.zeros(())
+        ctx.N, V = len(x), len(weight)
         rows = 2**25 // V + 1  # products are fast if they are large
         few = 2**20 // V + 1  # the rest is fast if it fits into a CPU's cache
-        for i in range(0, N, rows):
+        for i in range(0, ctx.N, rows):
             logits = x[i : i + rows] @ weight.T  # (rows, V)
-            for j in range(0, len(logits), few):
-                z = logits[j : j + few].float()  # (few, V): sums over V terms need fp32
-                target = targets[i : i + rows][j : j + few]  # (few, 1)
-                p = z.softmax(dim=1)
-                # p = e^z / Σ e^z, and so ln Σ e^z = z - ln p. It is most exact for the largest p.
-                loss += (z.amax(dim=1) - p.amax(dim=1).log()).sum() - z.gather(1, target).sum()
-                # The gradient takes the place of the logits: p, minus 1 at the target.
-                logits[j : j + few] = p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
-            if any(ctx.needs_input_grad):
+            pieces = zip(logits.split(few), targets[i : i + rows].split(few), strict=True)
+            for z, target in pieces:  # (few, V), (few, 1)
+                log_p = z.float().log_softmax(dim=1)  # sums over V terms need fp32
+                loss -= log_p.gather(1, target).sum()
+                if learns:  # the gradient takes the place of the logits: p, minus 1 at the target
+                    z.copy_(log_p.exp_().scatter_add_(1, target, -torch.ones_like(log_p[:, :1])))
+            if learns:
                 x_grad[i : i + rows] = logits @ weight
                 weight_grad += logits.T @ x[i : i + rows]
-        ctx.N = N
-        return loss / N
+        return loss / ctx.N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * (grad / ctx.N), weight_grad * (grad / ctx.N), None
+        return x_grad * (grad / ctx.N), weight_grad * (grad / ctx.N), None, None
 
 
 @contextmanager
-def inference(model: GPT, rows: int) -> Iterator[None]:
-    """Inside, dropout is off, and a CPU has the weights in the order in which oneDNN wants them.
+def inference(model: GPT, rows: int = 1) -> Iterator[None]:
+    """Inside, there are no gradients and no dropout, and a CPU's weights are packed for oneDNN.
 
-    rows: how many rows the matrices typically multiply. oneDNN would otherwise order the weights
-    anew in every call, and with few rows that takes longer than the product: 124M generates 1.2 to
-    1.3 times as fast in bf16, and 1.7 to 2.9 times in fp32. Such weights give no gradients, and so
-    they are used only where gradients are off. The functions are private ones of PyTorch. If one is
-    missing, the weights stay as they are.
+    rows: how many rows the matrices typically multiply. oneDNN would otherwise reorder the weights
+    in every call, and with few rows that takes longer than the product. Packed, 124M generates 1.2
+    to 1.3 times as fast in bf16, and 1.7 to 2.9 times in fp32. Do not copy the model in here: the
+    copy would keep its packed weights.
     """
-    was_training, packed = model.training, []
-    try:
-        model.eval()
-        if not torch.is_grad_enabled() and model.lm_head.weight.device.type == "cpu":
-            pack_linears(model, rows, packed)
-        yield
-    finally:
-        for layer in packed:
-            del layer.forward  # which brings that of nn.Linear back
-        model.train(was_training)
+    was_training = model.training
+    with torch.no_grad():
+        layers = pack_linears(model, rows)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward  # which brings that of nn.Linear back
+            model.train(was_training)
 
 
-def pack_linears(model: GPT, rows: int, packed: list[nn.Linear]) -> None:
-    """Give each Linear layer a forward() with packed weights, and add it to the list."""
+def pack_linears(model: GPT, rows: int) -> list[nn.Linear]:
+    """Switch dropout off, and give the Linear layers packed weights, if they are on a CPU → those
+    that got them. The functions are private ones of PyTorch. Where one is missing or does not work,
+    the layers stay as they are."""
+    model.eval()
+    packed: list[nn.Linear] = []
+    on_cpu = model.lm_head.weight.device.type == "cpu"
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    oneDNN = torch.ops.mkldnn
-    try:
-        order, multiply = oneDNN._reorder_linear_weight, oneDNN._linear_pointwise
-        if dtype != torch.float32 and not oneDNN._is_mkldnn_bf16_supported():
-            return
-        for layer in model.modules():
+    with suppress(AttributeError, RuntimeError):
+        pack = torch.ops.mkldnn._reorder_linear_weight
+        multiply = torch.ops.mkldnn._linear_pointwise
+        for layer in model.modules() if on_cpu else ():
             if isinstance(layer, nn.Linear) and "forward" not in vars(layer):  # not packed yet
                 bias = None if layer.bias is None else layer.bias.to(dtype)
-                args = (order(layer.weight.to(dtype), rows), bias, "none", [], "")
+                args = (pack(layer.weight.to(dtype), rows), bias, "none", [], "")
                 layer.forward = lambda x, args=args: multiply(x.to(dtype), *args)
                 packed.append(layer)
-    except (AttributeError, RuntimeError):
-        return
+    return packed
 
 
 def keep_freed_memory() -> None:
@@ -1716,16 +1730,18 @@ def parse(argv: Sequence[str] | None) -> dict[str, Any]:
         "Do not train. Write samples that continue PROMPT, with the model of --init or of the"
         " newest run."
     )  # fmt: skip
+    source = Path(__file__).read_text("utf-8")
+    comments = re.findall(r"((?:    # .*\n)+)    (\w+): ", source)  # and the names below them
+    texts = {name: " ".join(comment.replace("# ", "").split()) for comment, name in comments}
     for config in (GPTConfig, TrainConfig, SampleConfig):
         group = parser.add_argument_group(config.__name__, config.__doc__)
-        commented = re.findall(r"((?:    # .*\n)+)    (\w+): ", inspect.getsource(config))
-        for comment, name in commented:
-            default, text = getattr(config, name), " ".join(comment.replace("# ", "").split())
-            text += "" if "default" in text else f" (default: {default})"
-            kind, choices = type(default), CHOICES.get(name)
+        for f in fields(config):
+            text, kind, choices = texts[f.name], type(f.default), CHOICES.get(f.name)
+            if "default" not in text:
+                text += f" (default: {f.default})"
             if kind is bool:
                 kind, choices = {"True": True, "False": False}.get, (True, False)
-            group.add_argument(f"--{name}", type=kind, choices=choices, help=text)
+            group.add_argument(f"--{f.name}", type=kind, choices=choices, help=text)
     return vars(parser.parse_args(argv))
 
 
@@ -1736,9 +1752,9 @@ def with_flags(config: Any, flags: dict[str, Any]) -> Any:
 
 def print_samples(flags: dict[str, Any]) -> None:
     settings = asdict(with_flags(SampleConfig(), flags))
-    newest = max(Path("log").glob("*/hf"), key=os.path.getmtime, default=Path("hf"))
-    name = flags.get("init") or str(newest.parent)
-    require(name != ".", "there is no run in log/ to sample from: train one, or give --init")
+    runs = sorted(Path("log").glob("*/hf"), key=os.path.getmtime)
+    name = flags.get("init") or (runs and runs[-1].parent)
+    require(bool(name), "there is no run in log/ to sample from: train one, or give --init")
     model, tokenizer = load_model(name)
     worker = start_worker(flags.get("device", "auto"), flags.get("precision", "auto"))
     settings["seed"] = flags.get("seed", TrainConfig.seed)
@@ -1793,11 +1809,10 @@ def make_model(flags: dict[str, Any], shape: GPTConfig, cfg: TrainConfig) -> GPT
     loaded, its_tokenizer = load_model(cfg.init)
     same = token_bytes(its_tokenizer) == token_bytes(tokenizer)
     require(same, f"init={cfg.init}: its tokenizer is not that of data_dir={cfg.data_dir}")
-    model = GPT(with_flags(loaded.config, flags))
-    same = [p.shape for p in model.parameters()] == [p.shape for p in loaded.parameters()]
-    require(same, f"init={cfg.init} is a {loaded.config}: it cannot become a {model.config}")
-    model.load_state_dict(loaded.state_dict())
-    return model
+    config = with_flags(loaded.config, flags)
+    same = replace(config, dropout=0.0) == replace(loaded.config, dropout=0.0)
+    require(same, f"init={cfg.init} is a {loaded.config}: it cannot become a {config}")
+    return build(config, loaded.state_dict())
 
 
 def safe_device(cfg: TrainConfig, shape: GPTConfig) -> str:
@@ -1819,6 +1834,7 @@ def safe_device(cfg: TrainConfig, shape: GPTConfig) -> str:
 def collect_signals() -> Iterator[list[int]]:
     """Inside, Ctrl-C and SIGTERM do not end the process. Their numbers come into this list."""
     received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_signal(number: int, frame: Any) -> None:
         received.append(number)
@@ -1826,8 +1842,9 @@ def collect_signals() -> Iterator[list[int]]:
         # it to every process, and torchrun then once more to its workers.
         signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number in before:
+            signal.signal(number, on_signal)
         yield received
     finally:
         for number, handler in before.items():
@@ -1859,7 +1876,7 @@ def run(flags: dict[str, Any]) -> int:
     if preset == "quick" and not flags.keys() & {"preset", "data_dir"} and not runs:
         worker.print("no shards in edu_fineweb10B (python fineweb.py makes them): preset quick")
     log = Path(cfg.log_dir, "log.jsonl")
-    with collect_signals() as signals, locked(log) if worker.rank == 0 else nullcontext():
+    with locked(log) if worker.rank == 0 else nullcontext():
         try:
             on_stdlib = cfg.data_dir == PRESETS["quick"][1].data_dir and "data_dir" not in flags
             if on_stdlib and int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -1870,7 +1887,8 @@ def run(flags: dict[str, Any]) -> int:
             for split in ("train", "val"):  # an error in these is clearer than one that they cause
                 find_shards(cfg.data_dir, split)
             model = make_model(flags, shape, cfg).to(worker.device)
-            return train(model, cfg, worker, resume, signals)
+            with collect_signals() as signals:
+                return train(model, cfg, worker, resume, signals)
         finally:
             if worker.rank == 0 and log.stat().st_size == 0:
                 log.unlink()  # nothing has begun
@@ -1892,9 +1910,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     status = main()
-    if dist.is_initialized() and dist.get_backend() == "gloo":
-        # gloo's threads now and then abort a process that ends in Python's usual way, and torchrun
-        # would start the finished run again. So this process ends without farewell.
-        sys.stdout.flush()
-        os._exit(status)
+    if dist.is_initialized():
+        if dist.get_backend() == "gloo":
+            # gloo's threads now and then abort a process that ends in Python's usual way, and
+            # torchrun would start the finished run again. This process ends without their help.
+            sys.stdout.flush()
+            os._exit(status)
+        dist.destroy_process_group()
     sys.exit(status)

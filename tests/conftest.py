@@ -78,11 +78,12 @@ def assert_same(a, b) -> None:
 def sandbox(tmp_path, monkeypatch):
     """An empty working directory. Seeds, and puts back what train_gpt2 sets in the whole process.
 
-    Leaves out of a run what takes long: measuring the device, drawing the plot.
+    Leaves out of a run what takes long: measuring the device, drawing the plot, writing the page.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_gpt2.Worker, "matmul_flops", lambda worker: 1e12)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **how: None)
+    monkeypatch.setattr("life.write_page", lambda *args, **how: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     precision = torch.get_float32_matmul_precision()
     torch.manual_seed(0)

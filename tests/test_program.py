@@ -24,6 +24,7 @@ from conftest import ROOT, RUN, SHAPE, Bomb, assert_same, history, offline, time
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+import life
 import train_gpt2
 from train_gpt2 import (
     DataLoaderLite,
@@ -90,6 +91,7 @@ def program(argv, output, environment, pause=0.0, die_after=0, file_limit=0, nan
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     Worker.matmul_flops, batch = lambda worker: 1e12, DataLoaderLite.batch
+    life.write_page = lambda *args, **how: None
 
     def before_batch(loader, i):
         time.sleep(pause)
@@ -453,7 +455,8 @@ def test_the_one_command_needs_no_data_and_no_flag(quick):
     lines = output.splitlines()
     assert "preset quick" in lines[0] and (folder / "data/stdlib/meta.json").exists()
     assert {path.name for path in (folder / "log/quick").iterdir()} == {
-        "log.jsonl", "loss.png", "encoder.json", "vocab.bpe", "checkpoint_000003.pt", "hf",
+        "log.jsonl", "loss.png", "life.html", "encoder.json", "vocab.bpe", "hf",
+        "checkpoint_000003.pt",
     }  # fmt: skip
     assert (folder / "log/quick/loss.png").read_bytes().startswith(PNG)
     (first, *others) = (line for line in lines if re.match(r"step \d \| loss ", line))

@@ -247,6 +247,10 @@ def loss_and_gradients(loss, x, weight, targets):
     return value.detach(), x.grad, weight.grad
 
 
+def chunked_loss(x, weight, targets):
+    return ChunkedLoss.apply(x, weight, targets, torch.is_grad_enabled())
+
+
 def plain_loss(x, weight, targets):
     return F.cross_entropy((x @ weight.T).float().flatten(0, 1), targets.flatten())
 
@@ -257,14 +261,14 @@ def test_the_loss_in_chunks_and_its_gradients_are_pytorchs(B, T, V):
     if V > 1:
         targets[0, 0] = (weight @ x[0, 0]).argmin()  # whose probability is near 0
     expected = loss_and_gradients(plain_loss, x, weight, targets)
-    torch.testing.assert_close(loss_and_gradients(ChunkedLoss.apply, x, weight, targets), expected)
+    torch.testing.assert_close(loss_and_gradients(chunked_loss, x, weight, targets), expected)
 
 
 def test_in_bf16_the_loss_in_chunks_is_as_near_to_the_truth_as_pytorchs():
     x, weight, targets = torch.randn(4, 16, 32), torch.randn(300, 32), torch.randint(300, (4, 16))
     truth = loss_and_gradients(plain_loss, x, weight, targets)
     with autocast(True):
-        ours = loss_and_gradients(ChunkedLoss.apply, x, weight, targets)
+        ours = loss_and_gradients(chunked_loss, x, weight, targets)
         theirs = loss_and_gradients(plain_loss, x, weight, targets)
     for a, b, true in zip(ours, theirs, truth, strict=True):
         assert a.dtype == torch.float32 and (a - true).norm() < 1.2 * (b - true).norm() + 1e-3
@@ -274,11 +278,29 @@ def test_the_loss_in_chunks_changes_none_of_its_inputs_and_refuses_second_deriva
     x, weight, targets = torch.randn(2, 3, 8), torch.randn(300, 8), torch.randint(300, (2, 3))
     x.requires_grad_()
     before = x.detach().clone(), weight.clone()
-    loss = ChunkedLoss.apply(x, weight, targets)
+    loss = chunked_loss(x, weight, targets)
     (grad,) = torch.autograd.grad(loss * loss, x, create_graph=True)
     assert_same((x.detach(), weight), before)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_the_loss_in_chunks_takes_inputs_in_any_order_in_memory():
+    x, weight, targets = torch.randn(7, 2, 8), torch.randn(8, 300), torch.randint(300, (2, 7))
+    given = x.transpose(0, 1), weight.T, targets
+    expected = loss_and_gradients(plain_loss, *given)
+    torch.testing.assert_close(loss_and_gradients(chunked_loss, *given), expected)
+
+
+def test_an_evaluation_computes_no_gradient(monkeypatch):
+    model, idx = tiny(), tokens(2, 16)
+    products = []
+    matmul = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: products.append(0) or matmul(a, b))
+    loss = model(idx, idx).item()
+    assert len(products) == 3  # logits, and the gradients of x and weight
+    with torch.no_grad():
+        assert model(idx, idx).item() == loss and len(products) == 4
 
 
 def test_compiled_or_not_the_loss_is_the_mean_of_cross_entropy(monkeypatch):
@@ -988,7 +1010,7 @@ def test_a_damaged_log_stops_neither_a_run_nor_its_resuming(tmp_path, data_dir, 
 
 def test_a_run_learns_and_leaves_all_its_files(run):
     assert {path.name for path in run.iterdir()} == {
-        "log.jsonl", "loss.png", "encoder.json", "vocab.bpe", "hf",
+        "log.jsonl", "loss.png", "life.html", "encoder.json", "vocab.bpe", "hf",
         "checkpoint_000008.pt", "checkpoint_000012.pt",
     }  # fmt: skip
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
