@@ -2,20 +2,19 @@
 
     python train_gpt2.py                       trains a small GPT-2 on this computer, in minutes
     python train_gpt2.py --generate "def "     lets the newest model continue this text
-    python fineweb.py                          downloads 10 billion tokens, on which …
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py            … 8 GPUs train GPT-2 124M
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py --resume   goes on where that stopped
+    python fineweb.py                          downloads 10 billion tokens of training text
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py            trains GPT-2 124M on them
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py --resume   resumes that run after a stop
 
-The file is meant to be read from top to bottom. Its first part is GPT-2 itself, in the order in
-which one learns it. Its second part is the machinery around a training run: options, workers,
-checkpoints, the log. `--help` lists the options.
+Read it from top to bottom. Its first part is GPT-2 itself, in the order in which one learns it. Its
+second part is the machinery of a training run. `--help` lists the options.
 
 Notation in all files of this project:
     B   sequences in a batch                     nh  attention heads in a block (n_head)
     T   tokens in a sequence                     hs  the size of a head: C / nh
     C   channels of a token's vector (n_embd)    L   blocks (n_layer)
     V   tokens in the vocabulary (vocab_size)
-A comment like # (B, T, C) gives the shape of the tensor that its line makes. () is one number.
+A comment like # (B, T, C) gives the shape of the tensor that its line makes. () is a number.
 
 A language model reads text as tokens. A token is a frequent piece of text, and the model sees only
 its number, the id:
@@ -23,20 +22,22 @@ its number, the id:
     "The cat sat on the"  →  "The" " cat" " sat" " on" " the"  →  464 3797 3332 319 262
 
 Byte-pair encoding (BPE) chose these pieces. It starts from the 256 bytes, each of which is a token,
-so any text can be written in tokens. Then it takes a large text, finds the pair of neighbouring
-tokens that is most frequent there, and makes it a new token. It repeats this 50,000 times. In the
-end a frequent word is one token, and a rare word is several.
+so any text can be written in tokens. Then it takes a large text that is cut into words, each with
+the space before it. It finds the pair of neighbouring tokens that is most frequent within the words
+and makes it a new token. It repeats this 50,000 times. In the end a frequent word is one token, and
+a rare word is several.
 
-GPT-2 takes T tokens, and predicts for each of them which token comes next:
+GPT-2 takes T tokens and predicts, for each of them, which token comes next:
 
     ids (B, T) ─wte, wpe─▶ x (B, T, C) ─L blocks─▶ x (B, T, C) ─ln_f, lm_head─▶ logits (B, T, V)
 
 Each token becomes a vector of C numbers. It is the sum of one vector for what the token is (wte)
 and one for where it stands (wpe). This vector is called the residual stream, because every block
-only adds to it. A block adds twice. First attention adds what the token gathers from itself and the
-tokens before it. Then the MLP adds what it computes from this token alone. At the end ln_f scales
-the vector, and lm_head takes its dot product with a vector for each of the V tokens. The results
-are V scores, the logits z. The softmax function turns them into probabilities that sum to 1:
+only adds to it. A block adds twice. First, attention adds what the token gathers from itself and
+the tokens before it. Then the MLP adds what it computes from this token alone. At the end ln_f, a
+LayerNorm, brings the vector to a fixed scale, and lm_head takes its dot product with a vector for
+each of the V tokens. The results are V scores, the logits z. The softmax function turns them into
+probabilities that sum to 1:
 
     p_i = e^z_i / (e^z_1 + … + e^z_V)
 
@@ -47,11 +48,11 @@ the weights to the loss, and loss.backward() goes back through them by the chain
 backward pass gives the gradient for all weights. Then each weight takes a small step in the
 direction in which the loss falls. Before training the loss is near 11, as if all tokens were
 equally likely. OpenAI's GPT-2 small reaches 3.29 on web text (FineWeb-Edu; the figure is from
-build-nanogpt's play.ipynb). It is then as unsure as if it chose among e^3.29 = 27 tokens.
+build-nanogpt's play.ipynb). With that loss, it is as unsure as if it chose among e^3.29 = 27
+equally likely tokens.
 
 The papers: "GPT-2" is Radford et al. 2019, Language Models are Unsupervised Multitask Learners.
-"GPT-3" is Brown et al. 2020, arXiv:2005.14165. Its appendix B has the details of training that the
-GPT-2 paper leaves out.
+"GPT-3" is Brown et al. 2020, arXiv:2005.14165, which says how to train where GPT-2 does not.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ class GPTConfig:
 
     # The longest sequence that the model can read, in tokens.
     block_size: int = 1024
-    # The tokens of the vocabulary. GPT-2 has 256 bytes, 50000 merges and <|endoftext|>, with which
-    # a text begins. By default, training rounds the number up to a multiple of 128.
+    # The number of tokens: 256 bytes, 50000 merges and <|endoftext|>, with which a text begins. By
+    # default, training rounds it up to a multiple of 128, which GPUs compute faster.
     vocab_size: int = 50257
     # The number of blocks.
     n_layer: int = 12
@@ -113,14 +114,37 @@ class GPTConfig:
         check_values(self)
 
 
-class CausalSelfAttention(nn.Module):
-    """Lets every token gather information from itself and from the tokens before it.
+def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """softmax(q·kᵀ / √hs + mask)·v, for queries, keys and values of (B, nh, T, hs) each.
 
-    (B, T, C) → (B, T, C). Vaswani et al. 2017, arXiv:1706.03762, section 3.2.
+    Vaswani et al. 2017, arXiv:1706.03762, section 3.2. Returns (B, nh, T, hs). A token's query says
+    what it looks for, and a token's key says what it offers. Their dot product is a score for how
+    well they match. The value is what the token hands over. An example of one head, T = 3:
 
-    Each token's vector gives three others. The query says what the token looks for, the key says
-    what it can be found by, and the value is what it hands over when it is found.
+                  q·kᵀ / √hs + mask          weights: the softmax of each row
+                  The    cat    sat          The    cat    sat
+        The       0.4    -∞     -∞           1.00   0      0
+        cat       1.0    2.0    -∞           0.27   0.73   0
+        sat       1.0    2.0    0.0          0.24   0.67   0.09
+
+    Here "sat" gathers 0.24 of the value of "The", 0.67 of that of "cat", and 0.09 of its own.
     """
+    # A score is a sum of hs products. If these were independent and had variance 1, the score would
+    # have variance hs. Dividing by √hs brings the variance back to 1. If scores were much larger,
+    # softmax would give nearly all weight to one token, and hardly any gradient to the others.
+    scores = (q / math.sqrt(q.size(-1))) @ k.mT  # (B, nh, T, T): a row for each query
+    # No token may look at later ones. Training asks each token for its successor. If it could see
+    # the successor, it would only have to copy it. The loss would fall to nearly 0, and the model
+    # would be useless for writing, where the next token does not exist yet. So the scores of later
+    # tokens, above the diagonal, become -∞, and their weights become e^-∞ = 0.
+    mask = torch.full_like(scores[0, 0], -math.inf).triu(1)  # (T, T)
+    weights = (scores + mask).softmax(dim=-1)  # (B, nh, T, T): each row sums to 1
+    weights = F.dropout(weights, dropout)
+    return weights @ v  # (B, nh, T, hs): for each query the weighted sum of the values
+
+
+class CausalSelfAttention(nn.Module):
+    """Lets every token gather information from itself and the tokens before it: (B, T, C) again."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -132,64 +156,35 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None):
-        """Training gives x alone. mask serves HellaSwag, and cache serves GPT.generate."""
+        """Training gives x alone. mask is for hellaswag.py, and cache is for GPT.generate."""
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
-        # The channels are cut into nh heads, each of which looks for something different. No number
-        # moves: view and transpose only change how the same memory is indexed.
+        # The channels are cut into nh heads, each of which can look for something different. No
+        # number moves: view and transpose only change how the same memory is indexed.
         hs = C // self.n_head
         q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, nh, tokens so far, hs) each
-        y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
+        dropout = self.dropout if self.training else 0.0
+        # This computes what `attention` does, in the way that is fastest on the device. On a GPU it
+        # is FlashAttention (arXiv:2205.14135), which never holds a whole (T, T) matrix.
+        y = fast_attention(q, k, v, mask, dropout)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # the results of all heads, side by side
         return self.resid_dropout(self.c_proj(y))  # c_proj lets the channels of all heads mix
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(q·kᵀ / √hs + mask)·v, which is (B, nh, T, hs). An example of one head, T = 3:
-
-                      q·kᵀ / √hs + mask          weights: the softmax of each row
-                      The    cat    sat          The    cat    sat
-            The       0.4    -∞     -∞           1.00   0      0
-            cat       1.0    2.0    -∞           0.27   0.73   0
-            sat       1.0    2.0    0.0          0.24   0.67   0.09
-
-        Here "sat" gathers 0.24 of the value of "The", 0.67 of that of "cat", and 0.09 of its own.
-        """
-        dropout = self.dropout if self.training else 0.0
-        if kernel_is_faster(q, mask):
-            # One call does all that the lines below do. On a GPU it is FlashAttention
-            # (arXiv:2205.14135), which never holds a whole (T, T) matrix. is_causal stands for the
-            # mask below. A single query, the newest token while writing, needs no mask.
-            causal = mask is None and q.size(2) > 1
-            return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
-
-        # A score says how well a query and a key match. It is a sum of hs products. Were these
-        # independent with variance 1, the sum would have variance hs. Dividing by √hs brings it
-        # back to 1. Softmax of much larger scores gives nearly all weight to one token, and then
-        # hardly any gradient reaches the others.
-        scores = (q / math.sqrt(q.size(-1))) @ k.mT  # (B, nh, T, T): a row for each query
-        # No token may look at later ones. Training asks each token for its successor. If it could
-        # see the successor, it would only have to copy it. The loss would fall to nearly 0, and the
-        # model would be useless for writing, where the next token does not exist yet. So the scores
-        # of later tokens, above the diagonal, become -∞, and their weights e^-∞ = 0.
-        mask = torch.full_like(scores[0, 0], -math.inf).triu(1)  # (T, T)
-        weights = (scores + mask).softmax(dim=-1)  # (B, nh, T, T): each row sums to 1
-        weights = F.dropout(weights, dropout)
-        return weights @ v  # (B, nh, T, hs): for each query the weighted sum of the values
 
 
 class MLP(nn.Module):
     """Computes something from each token's vector, without looking at the other tokens.
 
-    (B, T, C) → (B, T, C). c_fc compares the vector with 4C learned patterns. GELU keeps the matches
-    and drops the rest. For each match, c_proj adds a learned vector to the result. The factor 4 is
-    that of Vaswani et al.
+    Takes and returns (B, T, C). c_fc takes the dot product of the vector with 4C learned patterns.
+    GELU keeps the matches and drops the rest. For each match, c_proj adds a learned vector to the
+    result. The factor 4 is that of Vaswani et al.
 
-    GELU (arXiv:1606.08415) is a smooth form of ReLU, which is max(x, 0). It has a gradient where x
-    is a little negative, too: GELU(-0.5) = -0.15. GPT-2 used an approximation of it by tanh.
+    GELU (arXiv:1606.08415) is x·Φ(x), where Φ(x) is the share of a normal distribution below x. It
+    is a smooth form of ReLU, max(x, 0), and unlike it has a gradient for slightly negative x. GPT-2
+    used a tanh approximation.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -204,18 +199,19 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Communication between tokens (attention), then computation in each of them (MLP).
+    """Lets the tokens communicate (attention), then computes in each token alone (MLP).
 
-    (B, T, C) → (B, T, C). Both add their result to the residual stream x. Both read the stream
-    through a LayerNorm, which treats each token's C numbers by themselves:
+    Takes and returns (B, T, C). Both sublayers add their result to the residual stream x. Both read
+    the stream through a LayerNorm, which treats each token's C numbers separately:
 
         y = (x - mean(x)) / √(variance(x) + 1e-5) · weight + bias
 
-    mean and variance are single numbers. weight and bias are learned vectors, (C,), that multiply
-    and add channel by channel. So attention and MLP read numbers of the same scale, however large
-    the stream has grown. The stream itself is never normalised (pre-norm; GPT-2, section 2.3). It
-    leads from the first block to the last through additions alone. Gradients go back the same way,
-    and therefore do not fade. Vaswani et al. normalised the stream after each addition (post-norm).
+    mean and variance are single numbers, and 1e-5 avoids a division by 0. weight and bias are
+    learned vectors, (C,), that multiply and add channel by channel. So the sublayers read numbers
+    of the same scale, however large the stream has grown. The stream itself is never normalised
+    (pre-norm; GPT-2, section 2.3). It leads from the first block to the last through additions
+    alone. Gradients go back the same way, and fade much less than if the stream were normalised
+    after each addition, as Vaswani et al. did (post-norm).
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -231,11 +227,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. Its parameters have the names that they have in Hugging Face's library transformers.
+    """The whole of GPT-2: two embeddings, L blocks (h), a last LayerNorm and the head.
 
-    In training, dropout sets a random share of numbers to 0, and divides the others by the share
-    that is kept, so that the mean stays the same. The model then relies less on single numbers.
-    This helps if the same text is read many times. Dropout acts in four places: on the sum of the
+    Its parameters have the names that Hugging Face's library transformers gives them.
+
+    In training, dropout sets a random share of numbers to 0 and divides the others by the share
+    that is kept, so that the mean stays the same. The model then relies less on any single number,
+    which helps if the same text is read many times. Dropout acts in four places: on the sum of the
     two embeddings, on the weights of attention, on attention's result, and on the MLP's result.
     """
 
@@ -250,32 +248,31 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))  # fmt: skip
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # One tensor has two jobs (arXiv:1608.05859): wte looks a token up, lm_head scores it. So
-        # the model learns together what a token means where it is read, and where it is predicted.
-        # This saves GPT-2 small 38.6M parameters.
+        # One tensor has two jobs (arXiv:1608.05859). As wte it looks a token up, and as lm_head it
+        # scores one. So the model learns together what a token means where it is read and where it
+        # is predicted. This saves GPT-2 small 38.6M parameters.
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
     def hidden(self, idx: Tensor, pos: Tensor | None = None, mask: Tensor | None = None,
                caches: list[KVCache] | None = None) -> Tensor:  # fmt: skip
-        """Token ids idx (B, T) → the residual stream after ln_f, (B, T, C).
+        """Returns the residual stream after ln_f, (B, T, C), for token ids idx (B, T).
 
-        Training gives idx alone. HellaSwag gives pos and mask, and GPT.generate gives caches:
+        Training gives idx alone. The other arguments are for hellaswag.py and GPT.generate:
         pos (T,) or (B, T): the position of each token, if it is not 0, 1, 2, …
         mask (B, 1, T, T): True where a query (row) may look at a key (column), if this is not every
             key up to the query's own.
         caches: a KVCache for each block, which holds the tokens before idx.
-
-        Errors: ValueError if there are more tokens than block_size.
+        Errors: ValueError if positions would go beyond block_size.
         """
         if pos is None:
             start = caches[0].n_tokens if caches else 0
             end, limit = start + idx.size(1), self.config.block_size
             require(end <= limit, f"{end} tokens are more than block_size={limit}")
             pos = torch.arange(start, end, device=idx.device)  # (T,)
-        # A look-up takes a row out of a table. wpe is a table as well, of learned vectors, and it
-        # ends at block_size. Attention needs it, because a weighted sum has no order: without
-        # positions a token would see the tokens before it as an unordered set.
+        # A look-up takes a row out of a table. wpe is a table of learned vectors as well, and it
+        # ends at block_size. Attention needs it, because a weighted sum has no order. Without
+        # positions, an attention layer would see the tokens before a token as an unordered bag.
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
@@ -283,34 +280,33 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Token ids idx (B, T) → logits (B, T, V). With targets (B, T) → the mean loss in nats, ().
+        """Returns the logits, (B, T, V), for token ids idx (B, T); with targets the mean loss, ().
 
-        targets are the tokens that really come next. A sequence trains T predictions in one pass,
-        each of them from the true tokens before it ("teacher forcing"). The loss is the mean of
-        their cross entropies -ln p. Its unit is the nat, because ln is the natural logarithm:
+        targets (B, T) are the tokens that really come next. A sequence trains T predictions in one
+        pass, each of them from the true tokens before it ("teacher forcing"). The loss is the mean
+        of their cross entropies -ln p. Its unit is the nat, because ln is the natural logarithm:
 
             the true token got p = 0.25:        -ln(0.25)    =  1.39 nats
             all 50257 tokens equally likely:    -ln(1/50257) = 10.82 nats
 
-        The gradient of the loss with respect to a logit is the token's probability p, minus 1 if it
-        is the true one, divided by B·T: what the model believes minus what is true.
+        The gradient of the loss with respect to a logit is (p - 1) / (B·T) for the true token, and
+        p / (B·T) for any other: what the model believes minus what is true.
         """
         x = self.hidden(idx)  # (B, T, C)
         if targets is None:
             return self.lm_head(x)  # (B, T, V)
-        if saves_memory_in_chunks(x):  # on a CPU: the same number as below
-            return ChunkedLoss.apply(x, self.lm_head.weight, targets, torch.is_grad_enabled())
-        logits = self.lm_head(x).float()  # (B, T, V)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        # This is F.cross_entropy of the logits. Where they are large, it holds only some at a time.
+        return head_loss(x, self.lm_head.weight, targets)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw matrices from a normal distribution of standard deviation 0.02. Biases are 0.
+        """Draw matrices from a normal distribution of standard deviation 0.02, or less for c_proj.
 
-        0.02 is OpenAI's choice. Each of the 2L sublayers (attention and MLP of every block) ends in
-        a c_proj that adds to the stream. Variances of independent terms add up, so the stream would
-        grow with depth. We draw c_proj smaller, by √(2L). All 2L additions together then have the
-        variance that one of them would have had (GPT-2, section 2.3).
+        Biases are 0, and the weights of LayerNorms stay 1. 0.02 is OpenAI's choice (its code has
+        0.01 for wpe). Each of the 2L sublayers (attention and MLP of every block) ends in a c_proj
+        that adds to the stream. Variances of independent terms add up, so the stream would grow
+        with depth. We draw c_proj smaller by a factor of √(2L). All 2L additions together then have
+        the variance that one of them would have had (GPT-2, section 2.3).
 
         The first loss is a little more than the ln V of equally likely tokens. ln_f gives lm_head
         numbers of variance 1, so a logit z is normal with variance σ² = 0.02²·C, which is 0.307 for
@@ -333,26 +329,27 @@ class GPT(nn.Module):
 
         A weight costs 2 FLOPs per token forward (a multiplication and an addition) and 4 backward,
         6 in all. wpe is left out, because its rows are only looked up. wte counts, because as
-        lm_head it multiplies. The scores and the weighted sums of a block cost 2·C·T each forward,
-        and twice that backward: 12·C·T. (The masked half is counted, as is usual.)
+        lm_head it multiplies. In each block, the scores and the weighted sums cost 2·C·T each
+        forward and twice that backward, 12·C·T in all.
         """
         c = self.config
         return 6 * (self.num_params() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
 
     def generate(self, idx: Tensor, max_new_tokens: int, stop: int | None = None,
                  n_vocab: int | None = None, **settings: Any) -> Tensor:  # fmt: skip
-        """Continue each row of idx (B, T), token by token → (B, T + max_new_tokens).
+        """Continue each row of idx (B, T), token by token. Returns (B, T + max_new_tokens).
 
-        In its plain form this is a loop of three lines:
+        As long as the text fits into block_size, this would do:
 
-            logits = self(idx)[:, -1]            # (B, V): what may follow the last token
-            token = sample(logits, **settings)   # (B, 1)
-            idx = torch.cat((idx, token), dim=1)
+            for _ in range(max_new_tokens):
+                logits = self(idx)[:, -1]            # (B, V): what may follow the last token
+                token = sample(logits, **settings)   # (B, 1)
+                idx = torch.cat((idx, token), dim=1)
 
-        The form below gives the same tokens, and is faster because of the caches. settings: see
-        `sample`. stop: a row that has drawn this token is filled up with it, and when all rows have
-        drawn it, the result is shorter. n_vocab: the number of tokens that may be drawn, if wte has
-        rows that belong to no token. Errors: ValueError if there is no token to start from.
+        The form below gives the same tokens, and is faster because of the caches. settings are the
+        arguments of `sample`. stop: a row that has drawn this token repeats it to the end. When all
+        rows have drawn it, nothing more is drawn. n_vocab: the number of tokens that may be drawn,
+        if the vocabulary was rounded up. Errors: ValueError if idx has no token to start from.
         """
         require(idx.size(1) > 0, "the prompt is empty: it needs at least one token")
         block_size = self.config.block_size
@@ -364,7 +361,7 @@ class GPT(nn.Module):
                     x = self.hidden(idx[:, caches[0].n_tokens :], caches=caches)  # (B, new, C)
                 else:
                     # The window slides. Now every token has another position, and therefore other
-                    # keys and values in each step, so the caches are of no more use.
+                    # keys and values in each step, so the caches are of no further use.
                     x = self.hidden(idx[:, -block_size:])  # (B, block_size, C)
                 logits = self.lm_head(x[:, -1])[:, :n_vocab].float()  # (B, n_vocab)
                 token = sample(logits, **settings)  # (B, 1)
@@ -377,9 +374,9 @@ class GPT(nn.Module):
         return idx
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str) -> GPT:
-        """OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl, or any GPT-2 in a folder or on the hub
-        of Hugging Face. The model is on the CPU. Errors: ValueError with the reason."""
+    def from_pretrained(cls, name_or_path: str | Path) -> GPT:
+        """OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl, or another GPT-2, from a folder or
+        Hugging Face's hub. The model is on the CPU. Errors: ValueError with the reason."""
         return load_hugging_face(name_or_path)
 
     def save_pretrained(self, folder: str | Path, tokenizer: Encoding | None = None):
@@ -394,7 +391,7 @@ class KVCache:
     """The keys and values of the tokens that a block has read.
 
     A token never sees a later one, so its own keys and values never change. While a text is written
-    token by token, they are kept, and only those of the newest token are computed.
+    token by token, the block keeps them and computes only those of the newest token.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -402,14 +399,14 @@ class KVCache:
         self.n_tokens = 0
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the keys and values of new tokens, (B, nh, T, hs) each → those of all tokens so far.
+        """Take the keys and values of new tokens, (B, nh, T, hs) each. Returns those of all so far.
 
         Call it with the whole prompt first, and then with one token at a time. Several new tokens
-        at once would need a mask among themselves, which attention does not make: ValueError.
+        after cached ones are refused with ValueError: `attention` makes only square masks.
         """
         B, nh, T, hs = k.size()
         start, end = self.n_tokens, self.n_tokens + T
-        require(start == 0 or T == 1, f"{T} tokens behind {start} cached ones: feed one at a time")
+        require(start == 0 or T == 1, f"{T} tokens after {start} cached ones: feed one at a time")
         if start == 0:
             self.keys = k.new_empty(B, nh, self.block_size, hs)
             self.values = v.new_empty(B, nh, self.block_size, hs)
@@ -422,16 +419,16 @@ class KVCache:
 def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
            top_p: float | None = None, generator: torch.Generator | None = None,
            ) -> Tensor:  # fmt: skip
-    """Draw a token for each row of logits (B, V) → ids (B, 1).
+    """Draw a token for each row of logits (B, V). Returns ids (B, 1).
 
-    The temperature divides the logits. At 1 tokens are drawn as often as the model believes. Below
-    1 likely tokens become likelier still, and 0 always takes the likeliest one ("greedy").
-    top_k keeps the k likeliest tokens. top_p (arXiv:1904.09751) keeps the likeliest tokens that
-    together have at least probability p. With top_p=0.7, for instance:
+    The temperature divides the logits. At 1, each token is drawn with the probability that the
+    model gives it. Below 1, likely tokens become likelier still, and at 0 the likeliest is always
+    taken ("greedy"). top_k keeps the k likeliest tokens. top_p (arXiv:1904.09751) keeps the
+    smallest set of likeliest tokens whose probabilities add up to at least p. With top_p=0.7:
 
-        probability                       .5    .3    .15   .05
-        of all tokens before it together   0    .5    .8    .95
-        kept, as that is less than .7     yes   yes   no    no      → drawn with .5/.8 and .3/.8
+        probability                  .5    .3    .15   .05
+        sum of those before it        0    .5    .8    .95
+        kept, if that is below .7    yes   yes   no    no      → drawn with .5/.8 and .3/.8
     """
     if temperature < 1e-5:
         return logits.argmax(dim=1, keepdim=True)  # (B, 1)
@@ -449,14 +446,46 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
 # ---------------------------------------------------------------------------- How weights change
 
 
+def configure_optimizers(model: GPT, cfg: TrainConfig, dtype: torch.dtype = torch.float32,
+                         ) -> list[torch.optim.Optimizer]:  # fmt: skip
+    """AdamW (arXiv:1711.05101) for all weights, or for those that Muon does not take.
+
+    For each weight AdamW keeps two running averages: m of its gradients g, and v of their squares.
+    How slowly they forget is set by two numbers, the betas; here they are GPT-3's, 0.9 and 0.95:
+
+        m ← 0.9·m + 0.1·g        v ← 0.95·v + 0.05·g²        weight ← weight - lr·m / (√v + 1e-8)
+
+    (Both start at 0, which AdamW corrects for in its first steps.) m / √v is between -1 and 1 or
+    near that, whatever the size of the gradients. So each weight takes steps of about the size lr.
+
+    Weight decay multiplies a weight by 1 - lr·weight_decay in each step, which keeps matrices from
+    growing without end. The vectors (biases, and weights of LayerNorms) do not decay: they are few,
+    and a LayerNorm weight that is pulled to 0 would silence its channel. In GPT-2 small 50 matrices
+    decay, and 98 vectors do not.
+
+    The preset `quick` lets Muon, an optimizer that is defined in the second part, change the
+    matrices of the blocks. dtype is the precision of Muon's matrix products.
+    """
+    muon: list[Tensor] = []
+    if cfg.optimizer == "muon":
+        muon = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    taken = set(muon)
+    rest = [p for p in model.parameters() if p not in taken]
+    matrices = dict(params=[p for p in rest if p.dim() >= 2], weight_decay=cfg.weight_decay)
+    vectors = dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)
+    # fused=True updates a tensor in one pass over memory.
+    adamw = torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return [adamw, Muon(muon, cfg.weight_decay, dtype)] if muon else [adamw]
+
+
 def get_lr(step: int, cfg: TrainConfig) -> float:
     """The learning rate of a step (0, 1, …): a linear rise, then half a period of a cosine down.
 
-    It starts low, because the averages of the optimizer are made of few gradients then, and large
-    steps in a wrong direction do harm. The first rate is max_lr / warmup_steps and not 0, because a
-    step with rate 0 would be wasted. Then it falls, because small steps settle where large ones
-    jump about. GPT-2 124M has 715 steps of rise (375M tokens, as GPT-3), to max_lr = 6e-4, and ends
-    at a tenth of that after 19,073 steps.
+    It starts low, because AdamW's averages still rest on few gradients, and large steps in a wrong
+    direction do harm. The first rate is max_lr / warmup_steps and not 0, because a step with rate 0
+    would be wasted. Then it falls, because small steps settle where large ones jump about. For
+    GPT-2 124M it rises for 715 steps (375M tokens, as in GPT-3) to max_lr = 6e-4, and falls to a
+    tenth of that at step 19,073.
     """
     if step < cfg.warmup_steps:
         return cfg.max_lr * (step + 1) / cfg.warmup_steps
@@ -465,60 +494,30 @@ def get_lr(step: int, cfg: TrainConfig) -> float:
     return min_lr + (cfg.max_lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
-def configure_optimizers(model: GPT, cfg: TrainConfig, dtype: torch.dtype = torch.float32,
-                         ) -> list[torch.optim.Optimizer]:  # fmt: skip
-    """AdamW (arXiv:1711.05101) for all weights, or for those that Muon does not take.
-
-    For each weight AdamW keeps two running averages: m of its gradients g, and v of their squares.
-
-        m ← 0.9·m + 0.1·g        v ← 0.95·v + 0.05·g²        weight ← weight - lr·m / (√v + 1e-8)
-
-    (Both start at 0, which AdamW corrects for in its first steps.) m / √v is between -1 and 1 or
-    near that, whatever the size of the gradients. So each weight takes steps of about the size lr.
-
-    Weight decay multiplies a weight by 1 - lr·weight_decay in each step, which keeps matrices from
-    growing without end. The vectors (biases, and weights of LayerNorms) do not decay, because a
-    LayerNorm weight that is pulled to 0 would silence its channel. In GPT-2 small 50 matrices
-    decay, and 98 vectors do not.
-
-    The quick preset lets another optimizer, Muon, change the matrices of the blocks. It is in the
-    second part. dtype: the precision of its matrix products.
-    """
-    muon = [Muon(model.transformer.h, cfg.weight_decay, dtype)] if cfg.optimizer == "muon" else []
-    taken = {p for optimizer in muon for group in optimizer.param_groups for p in group["params"]}
-    rest = [p for p in model.parameters() if p not in taken]
-    matrices = dict(params=[p for p in rest if p.dim() >= 2], weight_decay=cfg.weight_decay)
-    vectors = dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)
-    # The betas are GPT-3's. fused=True updates a tensor in one pass over memory.
-    adamw = torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.95), eps=1e-8, fused=True)
-    return [adamw, *muon]
-
-
 # ----------------------------------------------------------------------------------- The data
 
 
 class DataLoaderLite:
-    """Batches of token sequences from the shards in data_dir. Errors: ValueError.
+    """Reads batches of token sequences from the shards in data_dir. Errors: ValueError.
 
-    A shard is a file of token ids, in which an <|endoftext|> stands before each document. It is cut
-    into windows of T inputs. The targets are the same tokens, one place further on. For T = 4:
+    A shard is a file of token ids, in which an <|endoftext|> stands before each document. The shard
+    is cut into windows of T inputs. The targets are the same tokens, one place on. For T = 4:
 
         shard      50256 464 3797 3332 319 262 2603  13 …
         window 0   inputs  50256  464 3797 3332      targets   464 3797 3332 319
         window 1   inputs    319  262 2603   13      targets   262 2603   13   …
 
-    A window may reach from one document into the next, and attention does so, too. The model learns
-    from the <|endoftext|> between them that a new text begins.
+    A window may reach from one document into the next, and so may attention. The model learns from
+    the <|endoftext|> between them that a new text begins.
 
-    Training reads each window once per epoch. In every epoch it shuffles the shards, and within
-    each shard the windows. Two shards of 3 and 2 windows may give: shard 1: 1, 0; shard 0: 2, 0, 1.
-    Validation reads its windows in order.
+    Training reads each window once per epoch. Every epoch has another order of the shards, and of
+    the windows in each: perhaps windows 1, 0 of shard 1, then windows 2, 0, 1 of shard 0.
+    Validation reads all in order.
 
-    The order follows from the seed alone. So each worker knows which windows are its own without
-    asking the others, and a run that was stopped needs only its step number to go on. Batch i takes
-    the next B windows for rank 0, the B after them for rank 1, and so on. All workers together read
-    the same windows in a step, however many they are. If these do not divide evenly, B is a
-    fraction: three workers that share 32 windows have B = 10 2/3, and take 10, 11 and 11.
+    Several processes, the workers, can train together. Each has a rank: 0, 1, 2, … Batch i takes
+    the next B windows for rank 0, the B after them for rank 1, and so on. The order follows from
+    the seed alone. So no worker has to ask which windows are its own, and a run that was stopped
+    finds its place in the data by its step number.
     """
 
     def __init__(self, data_dir: str | Path, split: str, B: int | Fraction, T: int, rank: int = 0,
@@ -544,7 +543,7 @@ class DataLoaderLite:
             if i < self.counts[shard]:  # it is in this shard
                 break
             i -= self.counts[shard]
-        i = self.order(self.counts[shard], epoch, shard + 1)[i]
+        i = self.order(self.counts[shard], epoch, shard + 1)[i]  # + 1: 0 would be the key above
         path = self.paths[shard]
         tokens = self.open_shard(path)[i * self.T : (i + 1) * self.T + 1]
         largest = int(tokens.max())
@@ -560,6 +559,7 @@ class DataLoaderLite:
     def batch(self, i: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of this worker's batch i: int64, (B, T) each."""
         k = i * self.world_size + self.rank
+        # B is whole, unless the workers cannot share a step evenly: see `divide_step`.
         return self.windows(range(int(k * self.B), int((k + 1) * self.B)))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -571,23 +571,25 @@ class DataLoaderLite:
 
 def accumulate_gradients(net: nn.Module, loader: DataLoaderLite, batches: range,
                          scaler: torch.amp.GradScaler, worker: Worker) -> Tensor:  # fmt: skip
-    """Add the gradients of some batches to those of the weights → the mean of their losses, ().
+    """Add the gradients of some batches to those of the weights. Returns their mean loss, ().
 
-    The tokens of a step do not fit into memory at once. So a worker runs several forward and
-    backward passes of B·T tokens (micro-steps), and the weights change only after the last.
+    A step of GPT-2 124M has 2^19 tokens (GPT-3, table 2.1), because the mean of many gradients is a
+    reliable direction. They do not fit into memory at once. So a worker runs several forward and
+    backward passes ("micro-steps"), and the weights change only after the last.
     """
     total = torch.zeros((), device=worker.device)
     for i in batches:
         x, y = worker.to_device(*loader.batch(i))  # (B, T) each
         # With several workers, backward() can average the gradients over all of them. This takes
-        # time, and is enough once per step. So it is switched on for the last micro-step only.
+        # time, and once per step is enough. So it is switched on for the last micro-step only.
         net.require_backward_grad_sync = i == batches[-1]
         with worker.autocast():  # matrix products in bf16, if the device is fast at it
-            # backward() adds its gradients to those that are there. Each loss is a mean over its
-            # own windows. Divided by the number of micro-steps, the losses add up to the mean over
-            # all of them, and the gradients to those of one large batch. (len(x) / B is 1, unless B
-            # is a fraction. Then it makes up for the window that this batch has more or less.)
-            loss = net(x, y) * float(len(x) / loader.B / len(batches))
+            # backward() adds its gradients to those that are there. Each loss is a mean over one
+            # batch. Divided by their number, the losses add up to the mean over all batches, and
+            # the gradients to those of one large batch.
+            loss = net(x, y) / len(batches)
+            if len(x) != loader.B:  # this batch has a window more or less than the average
+                loss = loss * float(len(x) / loader.B)
         scaler.scale(loss).backward()
         total += loss.detach()
     return total
@@ -597,7 +599,7 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
           signals: Sequence[int] = ()) -> int:  # fmt: skip
     """Train the model, which is on worker.device. All files of the run go to cfg.log_dir.
 
-    worker: this process. If it is not given, it is alone, on the CPU and in fp32. resume: go on
+    worker: this process. By default the process is alone, on the CPU and in fp32. resume: go on
     from the newest checkpoint in cfg.log_dir, if there is one. signals: when a signal handler
     appends to this list, the loop finishes its step, saves a checkpoint and returns that number.
     After the last step it returns 0. Errors: ValueError; OSError; FloatingPointError if the loss or
@@ -623,7 +625,7 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
     run.start_log(first_step)
 
     signum = 0
-    for step in range(first_step, cfg.max_steps + 1):
+    for step in range(first_step, cfg.max_steps + 1):  # the last round only evaluates and saves
         finished = step == cfg.max_steps
         # An evaluation comes before the first step, at regular steps, and after the last one.
         if (step % cfg.eval_every == 0 or finished) and not signum:
@@ -645,11 +647,11 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
             scaler.unscale_(optimizer)
 
         # 2. Bound it. All gradients together are seen as one long vector. If its length, the norm,
-        # is above grad_clip, it is scaled down. So an odd batch cannot throw the weights far off.
+        # is above grad_clip, they are scaled down, so one odd batch cannot throw the weights far.
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
 
-        # 3. Let all workers agree. Each tells its loss, and whether it was signalled to stop. After
-        # this line all of them have the same numbers, and act alike.
+        # 3. Let all workers agree. Each tells its loss, and whether it was signalled to stop (0 if
+        # not). After this line all workers have the numbers of all, and so act alike.
         losses, numbers = worker.gather(loss.item(), signals[0] if signals else 0).unbind(dim=1)
         signum = int(numbers.max())
         # A loss or gradient that is not finite would spoil every weight, so it ends the run. Only
@@ -674,9 +676,10 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
 
 
 # ==============================================================================================
-# Part II: a run. GPT-2 is complete at this point. What follows makes a training run convenient,
-# fast and safe: its options, files, workers and devices, evaluation, checkpoints and log, weights
-# from and for other programs, short cuts for a CPU, the optimizer Muon, and the command line.
+# Part II: a run. GPT-2 is complete at this point: the functions that it borrows from below only do
+# what their names say. What follows makes a training run convenient, fast and safe: its options,
+# files, workers and devices, evaluation, checkpoints and log, weights from and for other programs,
+# short cuts for a CPU, the optimizer Muon, and the command line, which at its end calls train().
 # ==============================================================================================
 
 # ------------------------------------------------------------------------------------ Options
@@ -696,7 +699,7 @@ AT_MOST = dict(
 
 
 def require(condition: bool, message: str) -> None:
-    """Errors: ValueError with this message if the condition does not hold."""
+    """Raise ValueError with this message, unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
@@ -749,7 +752,7 @@ class TrainConfig:
     max_lr: float = 6e-4
     # The last learning rate, as a share of the highest.
     min_lr_ratio: float = 0.1
-    # Each step makes a matrix smaller by this share, times the learning rate.
+    # Each step multiplies the matrices by 1 - learning rate * weight_decay.
     weight_decay: float = 0.1
     # The largest norm of the gradient. A larger one is scaled down to it. 0 sets no limit.
     grad_clip: float = 1.0
@@ -957,7 +960,7 @@ def fast_precision(device: str) -> str:
     """The fastest format of numbers that a device computes with, and does not only emulate.
 
     bf16 has the range of fp32 and 8 significant bits. Older CUDA cards have only fp16: 11
-    significant bits, but values below 6e-8 become 0, hence the gradient scaler. Some cards report
+    significant bits, but values below 3e-8 become 0, hence the gradient scaler. Some cards report
     bf16 although they only emulate it, slowly, so we ask for native support.
     """
     if device == "cuda":
@@ -989,9 +992,10 @@ def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
     if device == "cuda":
         torch.cuda.set_device(here)
     if world_size > 1:
-        # Workers find each other through a store, which outlives them. A worker that torchrun has
-        # started again must not read there the address of one that died. So each start uses its own
-        # part of the store. Each machine counts its own starts, so this works on one machine only.
+        # Workers write their addresses into a store of torchrun's, and read those of the others
+        # there. The store outlives them. After a restart they must not find the addresses of dead
+        # workers in it, so each start gets its own part of the store. Machines count their starts
+        # separately, so this works on one machine only.
         store, _, _ = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
@@ -1145,8 +1149,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def only_warn(*errors: type[Exception]) -> Iterator[None]:
-    """Print these errors as warnings and go on. So it is, too, if a file cannot be written, because
-    the disk is full for instance, and if a module that is not essential is missing."""
+    """Print these errors as warnings, and go on. The same holds for files that cannot be written,
+    on a full disk for instance, and for modules that are missing and not essential."""
     try:
         yield
     except (OSError, ModuleNotFoundError, *errors) as e:
@@ -1161,10 +1165,8 @@ def list_checkpoints(log_dir: str | Path) -> list[Path]:
 
 
 def save_checkpoint(log_dir: Path, keep_every: int, step: int, **state: Any) -> None:
-    """Write a checkpoint. Of the older ones, the newest remains, and every keep_every-th step's.
-
-    Errors: OSError.
-    """
+    """Write the checkpoint of a step. Of the older ones, keep the newest, and those whose step is a
+    multiple of keep_every. Errors: OSError."""
     with whole_file(log_dir / f"checkpoint_{step:06d}.pt") as file:
         torch.save(state | {"step": step}, file)
     steps = {int(path.stem[11:]): path for path in list_checkpoints(log_dir)}
@@ -1186,9 +1188,10 @@ def build(config: GPTConfig, tensors: dict[str, Tensor]) -> GPT:
 def load_checkpoint(path: str | Path) -> tuple[GPT, dict[str, Any]]:
     """The model of a checkpoint, on the CPU, and all that the file holds. Errors: ValueError.
 
-    The file is a zip archive of tensors and plain values. Loading it runs no code. torch does not
-    look at the archive's checksums, so this does. What they do not cover is whether a record is
-    marked as compressed, or as a folder, which torch would read as nothing.
+    The file is a zip archive of tensors and plain values, and loading it runs no code. This checks
+    the archive's checksums, because torch does not. The checksums do not cover the archive's
+    directory. There a flipped bit may mark a record as compressed, or as a folder, which torch
+    would read as nothing. So such marks are refused.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -1304,8 +1307,8 @@ class Run:
             self.worker.print("later models are worse: fewer steps or more text would help")
 
     def save(self, step: int) -> None:
-        """Write a checkpoint after `step` steps: all that training changes, and does not follow
-        from the step, as the data order, the learning rate and dropout do."""
+        """Write a checkpoint after `step` steps. It holds what training changes. It needs neither
+        the data order nor the learning rate nor dropout, because these follow from the step."""
         if self.worker.rank == 0:
             with only_warn():
                 save_checkpoint(
@@ -1523,22 +1526,22 @@ def save_hugging_face(model: GPT, folder: Path, tokenizer: Encoding | None) -> N
 def load_model(name: str | Path) -> tuple[GPT, Encoding]:
     """A model in evaluation mode, on the CPU, and its tokenizer. name: the folder of a run (for its
     best model), a checkpoint, or what GPT.from_pretrained takes. Errors: ValueError, OSError."""
-    path = Path(name)
-    best, newest = path / "hf", ([path] + list_checkpoints(path))[-1]
-    weights = best if best.is_dir() else newest
-    if weights.suffix == ".pt":
-        model = load_checkpoint(weights)[0]
+    path, best = Path(name), Path(name, "hf")
+    checkpoints = [path] if path.suffix == ".pt" else list_checkpoints(path)
+    if best.is_dir():
+        model, tokenizer = GPT.from_pretrained(best), load_tokenizer(path)
+    elif checkpoints:
+        model, tokenizer = (
+            load_checkpoint(checkpoints[-1])[0],
+            load_tokenizer(checkpoints[-1].parent),
+        )
     else:
-        model = GPT.from_pretrained(weights.as_posix())
-    if weights == path and weights.suffix != ".pt":  # not of a run, which may have GPT-2's
         import fineweb
 
-        path = local_folder(name)
-        lacking = (
-            f"{name} has no tokenizer: copy vocab.json and merges.txt, or tokenizer.json, into it"
-        )
-        require(fineweb.has_tokenizer(path), lacking)
-    tokenizer = load_tokenizer(path.parent if path.suffix == ".pt" else path)
+        model, folder = GPT.from_pretrained(name), local_folder(name)
+        files = "vocab.json and merges.txt, or tokenizer.json,"
+        require(fineweb.has_tokenizer(folder), f"{name} has no tokenizer: copy {files} into it")
+        tokenizer = load_tokenizer(folder)
     check_vocabulary(model, tokenizer)
     return model.eval(), tokenizer
 
@@ -1547,22 +1550,29 @@ def load_model(name: str | Path) -> tuple[GPT, Encoding]:
 # They change how fast a CPU computes, and not what. The model touches each in one line.
 
 
-def kernel_is_faster(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether PyTorch's kernel of attention is faster than the formula, for q (B, nh, T, hs).
+def fast_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """What `attention` computes, in the fastest way; also with a mask, or keys of a cache.
 
-    It is, but for short sequences on a CPU in bf16: there a step of `quick` runs 1.25 times as fast
-    by the formula. The formula makes only the causal mask.
+    On a CPU in bf16, for short sequences, the formula is the fastest: a step of `quick` runs 1.25
+    times as fast as with PyTorch's kernel. A single query with a cache may see all keys, and needs
+    no mask.
     """
-    short_on_cpu = q.device.type == "cpu" and 1 < q.size(2) <= 256 and q.dtype == torch.bfloat16
-    return mask is not None or not short_on_cpu
+    short_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.size(2) <= 256
+    if short_on_cpu and mask is None:
+        return attention(q, k, v, dropout)
+    is_causal = mask is None and q.size(2) > 1
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=is_causal)
 
 
-def saves_memory_in_chunks(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The mean cross entropy of x·weightᵀ, (), for x (B, T, C), weight (V, C), targets (B, T)."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return ChunkedLoss.apply(x, weight, targets, torch.is_grad_enabled())
+    return F.cross_entropy(F.linear(x, weight).float().flatten(0, 1), targets.flatten())
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """x (B, T, C), weight (V, C), targets (B, T) → mean cross entropy of x·weightᵀ, in nats, ().
+    """What head_loss says, for a CPU.
 
     The B·T·V logits are by far the largest tensor of a step. Here only some rows of them exist at a
     time. Their gradient is used while they exist: forward() computes the gradients of x and weight
@@ -1677,7 +1687,7 @@ def orthogonalize(g: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """An average of a matrix's gradients, made orthogonal, is the step.
+    """Steps along a running average of each matrix's gradients, after making it orthogonal.
 
     An orthogonal matrix has a root mean square of 1/√max(rows, columns). 0.2·√max(rows, columns)
     times that is 0.2, about as much as AdamW's steps have, so one learning rate serves both
@@ -1685,8 +1695,7 @@ class Muon(torch.optim.Optimizer):
     step of the quick preset 4 % shorter.
     """
 
-    def __init__(self, blocks: nn.ModuleList, weight_decay: float, dtype: torch.dtype) -> None:
-        matrices = [p for p in blocks.parameters() if p.dim() == 2]
+    def __init__(self, matrices: list[Tensor], weight_decay: float, dtype: torch.dtype) -> None:
         shapes = dict.fromkeys(p.shape for p in matrices)  # each once, in order
         groups = [dict(params=[p for p in matrices if p.shape == shape]) for shape in shapes]
         super().__init__(groups, dict(lr=0.0, weight_decay=weight_decay, momentum=0.95))
@@ -1871,7 +1880,8 @@ def run(flags: dict[str, Any]) -> int:
                    if own[k] != flags[k] and k != "log_dir"]  # fmt: skip
         flags = {"vocab_size": shape.vocab_size} | flags
     worker = start_worker(safe_device(cfg, shape), cfg.precision)
-    worker.print(*changes)
+    for change in changes:
+        worker.print(change)
     cfg = replace(cfg, log_dir=runs[-1] if runs else take_log_dir(names, worker))
     if preset == "quick" and not flags.keys() & {"preset", "data_dir"} and not runs:
         worker.print("no shards in edu_fineweb10B (python fineweb.py makes them): preset quick")

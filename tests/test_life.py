@@ -468,7 +468,7 @@ def quick_page(tmp_path_factory):
     """The page of a model as large as the quick recipe's; its weights are random."""
     words = map("".join, itertools.product("abcdefghijklmnop", repeat=3))
     tokens = [b"  ", b"    ", *(word.encode() for word in itertools.islice(words, 4096 - 259))]
-    shape = {key: value for key, value in train_gpt2.PRESETS["quick"].items() if key in SHAPE}
+    shape = {key: getattr(train_gpt2.PRESETS["quick"][0], key) for key in SHAPE}
     model = train_gpt2.GPT(train_gpt2.GPTConfig(vocab_size=4096, **shape))
     path = tmp_path_factory.mktemp("quick") / "life.html"
     life.write_page(model, encoding(tokens), path, text="If the file does not exist, " * 9)

@@ -105,7 +105,9 @@ def cells(executed, sandbox, monkeypatch):
 
 def no_mask(monkeypatch):
     attention = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, *_: attention(q, k, v))
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, k, v, *_, **__: attention(q, k, v)
+    )
 
 
 def no_scale(monkeypatch):

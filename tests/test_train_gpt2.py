@@ -394,7 +394,7 @@ def test_a_cache_takes_several_tokens_at_first_and_then_one_at_a_time():
     for t in range(5, 8):
         x = model.hidden(idx[:, t : t + 1], caches=caches)
         torch.testing.assert_close(x, whole[:, t : t + 1])
-    with pytest.raises(ValueError, match="2 tokens behind 8 cached ones"):
+    with pytest.raises(ValueError, match="2 tokens after 8 cached ones"):
         model.hidden(idx[:, 8:10].expand(2, 2), caches=caches)
 
 
@@ -1492,12 +1492,72 @@ def test_a_finished_run_leaves_what_a_pipeline_reads_and_what_loads_again(run):
 
     (model, own), (again, its) = load_model(run), load_model(run / "hf")
     torch.testing.assert_close(again(tokens(1, 9)), model(tokens(1, 9))[..., :300])
-    assert fineweb.spell(own) == fineweb.spell(its)
+    assert fineweb.token_ids(own) == fineweb.token_ids(its)
     how = dict(n=1, seed=0, max_new_tokens=25, temperature=0)
     (text,) = pipeline("text-generation", str(run / "hf"))(
         "the ", max_new_tokens=25, do_sample=False
     )
     assert [text["generated_text"]] == sample_texts(model, own, Worker(), "the ", **how)
+
+
+TEXTS = [
+    "the abc, the", "  two  spaces\n\nand lines\t", "12345 's 'LL don't", "a" * 99,
+    "\xdcn\xefc\xf6d\xe9 \u4e2d\u6587 \U0001f600 e\u0301", "\x00\x7f\u0085\ufeff",
+]  # fmt: skip
+
+
+def same_ids(ours, theirs):
+    return all(ours.encode(text, disallowed_special=()) == theirs.encode(text) for text in TEXTS)
+
+
+def fine_tune(model, idx, steps=2):
+    """As transformers' Trainer would: in training mode, with AdamW."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(steps):
+        model(idx, labels=idx).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def test_a_model_comes_back_from_a_fine_tuning_with_its_logits_and_ids(run, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    theirs = AutoModelForCausalLM.from_pretrained(run / "hf")
+    their_tokenizer = AutoTokenizer.from_pretrained(run / "hf")
+    before, idx = load_model(run / "hf")[0], tokens(4, 32)
+    fine_tune(theirs.train(), idx).save_pretrained(tmp_path)
+    their_tokenizer.save_pretrained(tmp_path)
+    assert not (tmp_path / "merges.txt").exists()  # only tokenizer.json
+    ours, our_tokenizer = load_model(tmp_path)
+    torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-4, rtol=0)
+    assert not torch.allclose(ours(idx), before(idx), atol=1e-2)
+    assert same_ids(our_tokenizer, their_tokenizer) and our_tokenizer.n_vocab == 300
+    ours.save_pretrained(tmp_path / "again", our_tokenizer)
+    again, again_tokenizer = load_model(tmp_path / "again")
+    assert_same(again.state_dict(), ours.state_dict())
+    assert same_ids(again_tokenizer, their_tokenizer)
+
+
+def test_a_model_comes_back_from_a_lora_of_peft_that_was_merged(run, tmp_path):
+    peft = pytest.importorskip("peft", reason="needs peft, which is not in the requirements")
+    from transformers import AutoModelForCausalLM
+
+    idx, theirs = tokens(4, 32), AutoModelForCausalLM.from_pretrained(run / "hf")
+    config = peft.LoraConfig(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    merged = fine_tune(peft.get_peft_model(theirs, config).train(), idx).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(ours(idx), merged.eval()(idx).logits, atol=1e-4, rtol=0)
+    assert not torch.allclose(ours(idx), load_model(run / "hf")[0](idx), atol=1e-3)
+
+
+def test_a_folder_without_a_tokenizer_is_refused_where_one_is_needed(folder):
+    with pytest.raises(
+        ValueError, match="has no tokenizer: copy vocab.json and merges.txt, or tok"
+    ):
+        load_model(folder)
+    assert GPT.from_pretrained(folder)
 
 
 def edit_config(**changes):
