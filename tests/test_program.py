@@ -477,6 +477,34 @@ def test_the_newest_run_continues_a_prompt(quick):
     assert python(folder, *argv) == "".join(f"{text}\n\n" for text in texts)
 
 
+def test_the_file_alone_trains_resumes_and_samples(tmp_path, gpt2, monkeypatch):
+    """In an empty folder, with shards and GPT-2's tokenizer, and nothing else of this project."""
+    folder = tmp_path / "alone"
+    (folder / "shards").mkdir(parents=True)
+    shutil.copy(ROOT / "train_gpt2.py", folder)
+    for split in ("train", "val"):
+        ids = np.array(gpt2.encode_ordinary("the cat sat on the mat. " * 60), dtype=np.uint16)
+        np.save(folder / f"shards/x_{split}_0.npy", ids)
+    small = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=32 --total_batch_size=128".split()
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+
+    def alone(*argv):
+        command = [sys.executable, "train_gpt2.py", *argv]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        return done.stdout + done.stderr
+
+    output = alone("--preset=gpt2", "--data_dir=shards", "--max_steps=2", "--eval_every=1", *small)
+    for module in ("hellaswag", "fineweb", "life"):
+        assert f"WARNING: No module named '{module}'" in output
+    assert "resumed at step 2" in alone("--preset=gpt2", "--resume", "--max_steps=3")
+    assert steps(folder / "log/gpt2") == [0, 1, 2]
+    assert alone("--generate=the cat", "--max_new_tokens=5").startswith("the cat")
+    assert {path.name for path in (folder / "log/gpt2/hf").iterdir()} == {
+        "config.json", "model.safetensors",
+    }  # fmt: skip
+
+
 QUIET = """
 import os, signal, sys, torch
 def state():
@@ -652,6 +680,26 @@ def test_what_the_terminal_cannot_show_stops_nothing(data_dir, monkeypatch):
     with pytest.raises(SystemExit) as error:
         train_gpt2.main(["--help"])
     assert not error.value.code and b"\\ufffd" in output.getvalue()
+
+
+@pytest.mark.parametrize("text, value", [("True", True), ("False", False)])
+def test_the_flag_bias_takes_the_words_true_and_false(text, value, data_dir):
+    assert train_gpt2.main(flags(data_dir=data_dir, max_steps=1, bias=text)) == 0
+    assert load_checkpoint("log/checkpoint_000001.pt")[0].config.bias is value
+
+
+def test_help_tells_the_default_of_every_field(capsys):
+    with pytest.raises(SystemExit):
+        train_gpt2.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for field in FIELDS:
+        assert "default" in text.split(f" --{field.name} ")[-1].split(" --")[0].lower()
+
+
+def test_with_init_the_preset_is_gpt2(finished, data_dir):
+    argv = flags(f"--init={finished}", shape={}, data_dir=data_dir, max_steps=1)
+    assert train_gpt2.main([flag for flag in argv if "log_dir" not in flag]) == 0
+    assert steps("log/gpt2") == [0]
 
 
 # ----------------------------------------------------------------------------------- Bad input

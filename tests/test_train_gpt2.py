@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import errno
+import hashlib
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ import random
 import re
 import shutil
 import signal
+import time
 import zipfile
 from fractions import Fraction
 from pathlib import Path
@@ -25,8 +27,10 @@ import torch.nn.functional as F
 from conftest import RUN, SHAPE, Bomb, assert_same, broken, history, times
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import fineweb
+import train_gpt2
 from train_gpt2 import (
     CHOICES,
     GPT,
@@ -43,13 +47,17 @@ from train_gpt2 import (
     configure_optimizers,
     divide_step,
     evaluate,
+    fast_precision,
     get_lr,
+    inference,
+    is_compiled,
     list_checkpoints,
     load_checkpoint,
     load_model,
     orthogonalize,
     padded,
     read_log,
+    safe_device,
     sample,
     sample_texts,
     save_checkpoint,
@@ -66,6 +74,7 @@ SIZES = {  # blocks, heads, channels, parameters
     "gpt2-large": (36, 20, 1280, 774_030_080),
     "gpt2-xl": (48, 25, 1600, 1_557_611_200),
 }
+MATMUL_FLOPS = Worker.matmul_flops  # which `sandbox` replaces
 TINY = SHAPE | dict(vocab_size=384, bias=True)  # padded: the tests' tokenizer has 300
 
 
@@ -125,6 +134,11 @@ def test_heads_have_to_divide_the_channels():
 def test_a_config_does_not_change(config):
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.n_head = config.seed = 0
+
+
+def test_a_whole_number_may_stand_where_a_fraction_is_expected():
+    assert TrainConfig(max_lr=1, grad_clip=2).grad_clip == 2
+    assert SampleConfig(temperature=0).temperature == 0
 
 
 # -------------------------------------------------------------------------------------- Model
@@ -526,6 +540,47 @@ def test_endoftext_in_a_prompt_stays_text(tokenizer):
     assert text.startswith(prompt)
 
 
+@torch.no_grad()
+def test_in_bf16_too_the_newest_token_sees_all_that_are_cached():
+    model, idx, caches = tiny(std=0.1), tokens(2, 9), [KVCache(32) for _ in range(2)]
+    with autocast(True):
+        whole = model.hidden(idx)
+        model.hidden(idx[:, :8], caches=caches)
+        newest = model.hidden(idx[:, 8:], caches=caches)
+    torch.testing.assert_close(newest, whole[:, 8:], atol=0.1, rtol=0.05)
+
+
+def test_top_p_draws_no_token_more_than_it_takes_to_reach_p():
+    logits = torch.tensor([[0.0, 0.0, -math.inf]] * 200)  # probabilities 1/2, 1/2 and 0
+    assert len(sample(logits, top_p=0.5, generator=generator()).unique()) == 1
+    assert len(sample(logits, top_p=0.51, generator=generator()).unique()) == 2
+
+
+@pytest.mark.parametrize("how", [dict(top_k=2), dict(top_p=1.0)])
+def test_the_temperature_also_acts_among_the_likeliest_tokens(how):
+    logits = torch.tensor([[math.log(4), 0.0]] * 20_000)
+    drawn = sample(logits, 2.0, generator=generator(), **how)
+    assert drawn.double().mean() == pytest.approx(1 / 3, abs=0.015)  # 2 : 1, and not 4 : 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_samples_are_computed_in_the_workers_precision(tokenizer, dtype):
+    model, found = tiny(), set()
+    model.transformer.h[0].mlp.register_forward_hook(lambda _, args, y: found.add(y.dtype))
+    sample_texts(model, tokenizer, Worker(dtype=dtype), "the ", n=1, max_new_tokens=2)
+    assert found == {dtype}
+
+
+def test_generation_inside_of_inference_leaves_that_as_it_was():
+    model, idx = tiny("train"), tokens(2, 8)
+    with inference(model):
+        before = model(idx)
+        model.generate(idx, 3)
+        assert_same(model(idx), before)
+        assert not model.training and not torch.is_grad_enabled()
+    assert model.training and model(idx).requires_grad
+
+
 # ------------------------------------------------------------------- Optimizers and schedule
 
 
@@ -711,6 +766,46 @@ def test_an_id_beyond_the_vocabulary_is_an_error_that_names_the_shard(numbered):
             loader.batch(i)
 
 
+@pytest.fixture
+def alike(tmp_path):
+    """Loaders of two shards with ten windows each -> the windows of an epoch, shard by shard."""
+    for i in range(2):
+        np.save(tmp_path / f"train_{i}.npy", np.arange(10 * T + 1, dtype=np.uint16) + 1000 * i)
+    firsts = DataLoaderLite(tmp_path, "train", 800, T).batch(0)[0][:, 0]  # of 40 epochs
+    return [[row[:10].tolist(), row[10:].tolist()] for row in firsts.view(40, 20)]
+
+
+def test_each_epoch_takes_the_shards_in_another_order(alike):
+    assert {epoch[0][0] // 1000 for epoch in alike} == {0, 1}
+
+
+def test_each_epoch_takes_the_windows_of_a_shard_in_another_order(alike):
+    orders = {tuple(part) for epoch in alike for part in epoch if part[0] < 1000}
+    assert len(orders) == 40
+
+
+def test_shards_of_the_same_length_are_shuffled_differently(alike):
+    one, other = ([i % 1000 for i in part] for part in alike[0])
+    assert sorted(one) == sorted(other) and one != other
+
+
+def test_validation_reads_its_windows_in_the_order_of_the_shards(numbered):
+    x, _ = DataLoaderLite(numbered, "val", N_WINDOWS, T).batch(0)
+    assert x[:, 0].tolist() == sorted(x[:, 0].tolist())
+
+
+def test_the_order_of_shards_does_not_depend_on_the_file_system(numbered, monkeypatch):
+    expected, glob = order(numbered, 8), Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, how: reversed(sorted(glob(path, how))))
+    assert order(numbered, 8) == expected
+
+
+@pytest.mark.parametrize("batch, nearest", [(2**19 + 700, 2**19 + 1024), (2**19 + 300, 2**19)])
+def test_a_step_that_does_not_divide_is_told_the_nearest_that_does(batch, nearest):
+    with pytest.raises(ValueError, match=f"total_batch_size={batch} .* nearest is {nearest}$"):
+        divide_step(TrainConfig(total_batch_size=batch), 1024, Worker())
+
+
 # --------------------------------------------------------------------------------- Evaluation
 
 
@@ -749,6 +844,11 @@ def test_bits_a_byte_are_nats_over_the_bytes_of_the_decoded_targets(data_dir, to
     assert (y == tokenizer.eot_token).sum() > 5
     assert loss == pytest.approx(nats / y.numel(), rel=1e-5)
     assert bits == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+
+
+def test_an_evaluation_reads_at_least_one_window(data_dir, tokenizer):
+    model, loader = tiny(std=0.05), DataLoaderLite(data_dir, "val", 4, 32)
+    assert evaluate(model, loader, 1, tokenizer) == evaluate(model, loader, 32, tokenizer)
 
 
 # --------------------------------------------------------------------- Checkpoints and the log
@@ -1003,6 +1103,60 @@ def test_a_damaged_log_stops_neither_a_run_nor_its_resuming(tmp_path, data_dir, 
     steps = [record["step"] for record in history(log_dir) if "loss" in record]
     assert steps[:8] == list(range(8)) and steps[-4:] == list(range(8, 12))
     assert (log_dir / "loss.png").exists()
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append("fsync") or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
+    save_checkpoint(tmp_path, 10, 1, nothing=None)
+    assert calls == ["fsync", "replace"]
+
+
+def test_of_a_runs_checkpoints_every_tenth_stays(tmp_path, data_dir):
+    begin(tmp_path / "log", data_dir, checkpoint_every=1, eval_every=12)
+    names = [path.stem[-2:] for path in list_checkpoints(tmp_path / "log")]
+    assert names == ["10", "11", "12"]
+
+
+def test_a_resumed_run_in_fp16_goes_on_with_the_scale_that_overflow_has_lowered(tmp_path, data_dir):
+    def scale(log_dir, **how):
+        begin(log_dir, data_dir, dtype=torch.float16, prepare=overflow(0, 1), **how)
+        return load_checkpoint(list_checkpoints(log_dir)[-1])[1]["scaler"]["scale"]
+
+    assert scale(tmp_path / "log", max_steps=3) == 2.0**14  # 2¹⁶, halved twice
+    begin(tmp_path / "log", data_dir, dtype=torch.float16, max_steps=4, resume=True)
+    assert load_checkpoint(list_checkpoints(tmp_path / "log")[-1])[1]["scaler"]["scale"] == 2.0**14
+
+
+def test_what_a_kill_left_half_written_is_removed_in_every_folder(tmp_path, data_dir):
+    (tmp_path / "log/hf").mkdir(parents=True)
+    for name in ("checkpoint_000003.pt.tmp", "loss.png.tmp", "hf/model.safetensors.tmp"):
+        (tmp_path / "log" / name).write_text("left by a kill")
+    begin(tmp_path / "log", data_dir, max_steps=1)
+    assert not list((tmp_path / "log").rglob("*.tmp"))
+
+
+def test_a_model_of_a_checkpoint_is_loaded_for_evaluation(run):
+    assert not load_model(list_checkpoints(run)[-1])[0].training
+
+
+def test_the_log_begins_with_the_size_of_the_run(run, data_dir):
+    first = read_log(run)[0]
+    windows = DataLoaderLite(data_dir, "train", 8, 32).n_windows
+    assert (first["tokens"], first["start_step"]) == (12 * 256, 0)
+    assert first["epochs"] == round(12 * 8 / windows, 2) > 0
+    assert first["parameters"] == tiny().num_params()
+    assert (
+        first["source"][7:]
+        == hashlib.sha256(Path(train_gpt2.__file__).read_bytes()).hexdigest()[:12]
+    )
+
+
+def test_the_log_says_where_a_run_was_resumed(run, data_dir, tmp_path):
+    log_dir = shutil.copytree(run, tmp_path / "log")
+    begin(log_dir, data_dir, resume=True, shape=dict(dropout=0.1), max_steps=13)
+    assert [r["start_step"] for r in read_log(log_dir) if "start_step" in r] == [0, 12]
 
 
 # ----------------------------------------------------------------------------------- Training
@@ -1285,6 +1439,22 @@ def test_what_cannot_be_written_is_not_worth_the_run(tmp_path, data_dir, run, ca
     assert not list(tmp_path.glob("log/*.tmp"))
 
 
+def test_apples_gpu_is_not_chosen_where_its_products_may_be_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def device(preset, **changes):
+        shape, cfg = PRESETS[preset]
+        return safe_device(dataclasses.replace(cfg, **changes), shape)
+
+    assert device("quick") == "auto" and capsys.readouterr().out == ""
+    assert device("gpt2") == "cpu" and "training on the cpu" in capsys.readouterr().out
+    assert device("gpt2", device="mps") == "mps" and "known to be wrong" in capsys.readouterr().out
+    assert device("gpt2", device="cpu") == "cpu" and capsys.readouterr().out == ""
+    long = dict(micro_batch_size=256)  # B·T = 32,768 terms
+    assert device("quick", **long) == "cpu" and "32,767 terms" in capsys.readouterr().out
+
+
 def test_workers_that_cannot_train_together_are_refused(monkeypatch):
     for name in ("WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, "2")
@@ -1314,6 +1484,316 @@ def test_a_log_line_that_does_not_fit_is_lost_alone(tmp_path, data_dir, run, cap
     assert capsys.readouterr().err.count("WARNING: [Errno 28] No space left on device") == 1
     lost = [record for record in history(run) if record not in history(tmp_path / "log")]
     assert len(lost) == 1 and lost[0]["step"] == 3 and len(history(tmp_path / "log")) > 10
+
+
+class OneOfTwo(Worker):
+    """One of two workers; the other, which is not there, tells numbers of its own."""
+
+    others = staticmethod(lambda *mine: mine)  # the same
+
+    def gather(self, *values):
+        rows = [values, self.others(*values)]
+        return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.fixture
+def without_averaging(monkeypatch):
+    """Gradients stay those of this worker, as no other is there."""
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda net, **how: net)
+
+
+def begin_as(worker, log_dir, data_dir, prepare=None, shape=(), signals=(), resume=False, **cfg):
+    cfg = TrainConfig(**RUN | dict(data_dir=str(data_dir), log_dir=str(log_dir)) | cfg)
+    log_dir.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**TINY | dict(shape)))
+    if prepare:
+        prepare(model)
+    return train(model, cfg, worker, resume, signals)
+
+
+def test_every_worker_step_and_seed_has_dropout_masks_of_its_own(
+    tmp_path, data_dir, without_averaging
+):
+    masks = []
+
+    def watch(model):
+        model.transformer.drop.register_forward_hook(
+            lambda module, args, y: masks.append((y == 0).numpy().tobytes())
+            if module.training else None
+        )  # fmt: skip
+
+    for rank, seed in [(0, 1), (1, 1), (0, 1000)]:
+        begin_as(
+            OneOfTwo(rank, 2), tmp_path / f"{rank} {seed}", data_dir, watch, dict(dropout=0.5),
+            max_steps=3, seed=seed, eval_every=3,
+        )  # fmt: skip
+    assert len(masks) == len(set(masks)) == 3 * 3  # with one micro-step in a step
+
+
+def test_a_signal_to_any_worker_stops_all_of_them(tmp_path, data_dir, without_averaging):
+    class OtherIsStopped(OneOfTwo):
+        others = staticmethod(lambda *mine: [15] * len(mine))
+
+    assert begin_as(OtherIsStopped(0, 2), tmp_path / "log", data_dir) == 15
+    assert [path.stem[-2:] for path in list_checkpoints(tmp_path / "log")] == ["01"]
+
+
+def test_workers_that_found_different_checkpoints_do_not_go_on(
+    tmp_path, data_dir, without_averaging
+):
+    class OtherFoundMore(OneOfTwo):
+        others = staticmethod(lambda *mine: [value + 4 for value in mine])
+
+    with pytest.raises(ValueError, match=r"checkpoints of different steps: \[0.0, 4.0\]"):
+        begin_as(OtherFoundMore(0, 2), tmp_path / "log", data_dir, resume=True)
+
+
+def test_where_memory_is_full_on_one_worker_all_take_fewer_sequences(
+    tmp_path, data_dir, without_averaging, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+
+    class OtherIsFullAtFirst(OneOfTwo):
+        full = itertools.chain([True], itertools.repeat(False))
+
+        def gather(self, *values):
+            full = values == (True,) and next(self.full)
+            return torch.tensor([values, [False] if full else values], dtype=torch.float64)
+
+    begin_as(OtherIsFullAtFirst(0, 2), tmp_path / "log", data_dir, max_steps=1, compile="on")
+    assert "memory is full: 2 sequences at once" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_memory_for_one_sequence_is_enough_and_for_none_is_an_error(
+    tmp_path, data_dir, monkeypatch, room
+):
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    hidden = GPT.hidden
+
+    def small(self, idx, *args, **how):
+        if self.training and len(idx) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden(self, idx, *args, **how)
+
+    monkeypatch.setattr(GPT, "hidden", small)
+    wrong = pytest.raises(ValueError, match="single sequence: use a lower --seq_len")
+    with contextlib.nullcontext() if room else wrong:
+        begin(tmp_path / "log", data_dir, max_steps=1, compile="on")
+
+
+def test_only_the_first_worker_prints(capsys):
+    for rank in (0, 1):
+        Worker(rank, 2).print(f"worker {rank}")
+    assert capsys.readouterr().out == "worker 0\n"
+
+
+def test_a_number_that_is_gathered_keeps_all_its_digits():
+    assert Worker().gather(2**40 + 1, 0.1).tolist() == [[2**40 + 1, 0.1]]
+
+
+def test_a_batch_goes_to_the_workers_device():
+    moved = Worker(device=torch.device("meta")).to_device(*torch.zeros(2, 3))
+    assert [t.device.type for t in moved] == ["meta"] * 2
+
+
+def test_a_bare_matmul_is_as_fast_as_in_its_best_of_five_rounds(monkeypatch):
+    """Here the rounds take 3, 1, 0.5, 2 and 4 seconds by the clock. n·n·n products of n = 2048."""
+    clock = iter([0, 3, 3, 4, 4, 4.5, 5, 7, 7, 11])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    assert MATMUL_FLOPS(Worker(dtype=torch.float32)) == 2 * 2048**3 / 0.5
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_that_a_gpu_only_emulates_is_not_chosen(native, monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or native,
+    )
+    assert fast_precision("cuda") == ("bf16" if native else "fp16")
+
+
+def test_compile_is_for_cuda_unless_it_is_switched_on_or_off():
+    workers = [Worker(device=torch.device(name)) for name in ("cpu", "cuda")]
+    for choice, compiled in dict(auto=[False, True], on=[True] * 2, off=[False] * 2).items():
+        assert [is_compiled(TrainConfig(compile=choice), w) for w in workers] == compiled
+
+
+@pytest.mark.parametrize("device, cfg, shape, safe", [
+    ("auto", dict(micro_batch_size=8), dict(), "mps"),
+    ("auto", dict(micro_batch_size=64), dict(), "cpu"),
+    ("auto", dict(micro_batch_size=64, seq_len=64), dict(), "mps"),
+    ("auto", dict(micro_batch_size=8), dict(vocab_size=50304), "cpu"),
+    ("mps", dict(micro_batch_size=8), dict(vocab_size=50304), "mps"),
+    ("cpu", dict(micro_batch_size=8), dict(vocab_size=50304), "cpu"),
+])  # fmt: skip
+def test_apples_gpu_is_not_chosen_for_products_over_many_terms(
+    device, cfg, shape, safe, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    shape = GPTConfig(**dict(vocab_size=4096) | shape)
+    chosen = safe_device(TrainConfig(device=device, **cfg), shape)
+    assert (chosen if chosen != "auto" else "mps") == safe
+
+
+@contextlib.contextmanager
+def before_each_step(action):
+    """Call action(optimizer) before each of its steps."""
+    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: action(optimizer))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def norm(optimizer):
+    """Of all its gradients, as one long vector."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    return torch.cat([grad.flatten() for grad in grads]).norm().item()
+
+
+@pytest.mark.parametrize("limit", [0.01, 0, 1000])
+def test_a_gradient_that_is_too_long_is_scaled_down_to_grad_clip(tmp_path, data_dir, limit):
+    norms, cfg = [], dict(grad_clip=limit, optimizer="adamw", max_steps=3)
+    with before_each_step(lambda optimizer: norms.append(norm(optimizer))):
+        begin(tmp_path / "log", data_dir, **cfg)
+    logged = [r["grad_norm"] for r in history(tmp_path / "log") if "loss" in r]
+    assert min(logged) > 0.1  # as it was before
+    assert norms == pytest.approx([0.01] * 3 if limit == 0.01 else logged, rel=1e-3)
+
+
+def test_every_optimizer_steps_with_the_learning_rate_that_is_logged(tmp_path, data_dir):
+    rates = []
+    with before_each_step(lambda o: rates.extend(group["lr"] for group in o.param_groups)):
+        begin(tmp_path / "log", data_dir, max_steps=6)
+    logged = [r["lr"] for r in history(tmp_path / "log") if "loss" in r]
+    groups = len(rates) // 6  # 2 of AdamW, the others of Muon
+    assert groups > 2 and rates == [rate for rate in logged for _ in range(groups)]
+    assert len(set(logged)) > 4
+
+
+def test_the_time_of_a_step_is_that_of_its_micro_steps_alone(tmp_path, data_dir, monkeypatch):
+    """Here a micro-step takes 3 seconds by the clock, a matrix of evaluation 100, a file 1000."""
+    clock, fsync = [0.0], os.fsync
+
+    def after(seconds):
+        clock[0] += seconds
+
+    def slow(model):
+        model.register_forward_hook(lambda m, *_: after(3 if m.training else 100))
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(os, "fsync", lambda fd: after(1000) or fsync(fd))
+    how = dict(eval_every=2, checkpoint_every=2)
+    begin(tmp_path / "log", data_dir, prepare=slow, max_steps=4, **how)
+    begin(tmp_path / "log", data_dir, prepare=slow, max_steps=8, resume=True, **how)
+    records = [r for r in read_log(tmp_path / "log") if "loss" in r]
+    assert [r["ms"] for r in records] == [6000.0] * 8  # two micro-steps
+    assert [r["tok_per_s"] for r in records] == pytest.approx([256 / 6] * 8)
+    share = 256 / 6 * tiny().flops_per_token(32) / 1e12
+    assert [r["utilisation"] for r in records] == pytest.approx([share] * 8)
+    left = [0.3, 0.2, 0.1, 0.0] * 2  # 6 seconds are a tenth of a minute
+    assert [r["minutes_left"] for r in records] == pytest.approx(left)
+
+
+def test_of_two_workers_the_utilisation_is_that_of_one(tmp_path, data_dir, without_averaging):
+    begin_as(OneOfTwo(0, 2), tmp_path / "log", data_dir, max_steps=2)
+    for record in (r for r in read_log(tmp_path / "log") if "loss" in r):
+        assert record["tok_per_s"] == pytest.approx(256 / record["ms"] * 1000)  # of both together
+        flops = record["tok_per_s"] / 2 * tiny().flops_per_token(32)
+        assert record["utilisation"] == pytest.approx(flops / 1e12)
+
+
+def test_a_model_in_evaluation_mode_is_trained_with_dropout(tmp_path, data_dir, run):
+    begin(tmp_path / "log", data_dir, prepare=lambda m: m.eval(), shape=dict(dropout=0.1))
+    assert history(tmp_path / "log") == history(run)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_computes_in_the_workers_precision(tmp_path, data_dir, dtype):
+    found = set()
+
+    def watch(model):
+        model.transformer.h[0].mlp.register_forward_hook(
+            lambda module, args, y: found.add((module.training, y.dtype))
+        )
+
+    begin(tmp_path / "log", data_dir, dtype=dtype, prepare=watch, max_steps=1)
+    assert found == {(True, dtype), (False, dtype)}
+
+
+def test_training_reads_windows_of_the_training_split_in_an_order_that_the_seed_decides(
+    tmp_path, data_dir
+):
+    first = {}
+    for seed in (1, 2):
+        seen = first.setdefault(seed, [])
+
+        def watch(model, seen=seen):
+            model.register_forward_pre_hook(
+                lambda m, args: seen.extend(args[0].tolist()) if m.training else None
+            )
+
+        begin(tmp_path / str(seed), data_dir, prepare=watch, max_steps=1, seed=seed)
+    loader = DataLoaderLite(data_dir, "train", 1, 32)
+    windows = loader.windows(range(loader.n_windows))[0].tolist()
+    assert all(row in windows for rows in first.values() for row in rows)
+    assert len(first[1]) == 8 and first[1] != first[2]
+
+
+def test_at_any_time_a_run_has_its_newest_two_checkpoints_and_every_tenth_alone(tmp_path):
+    for step in range(5, 100, 5):
+        save_checkpoint(tmp_path, 50, step, nothing=None)
+        kept = [int(path.stem[11:]) for path in list_checkpoints(tmp_path)]
+        assert kept == [s for s in range(5, step + 1, 5) if s >= step - 5 or s % 50 == 0]
+
+
+def test_no_micro_step_is_empty():
+    cfg = TrainConfig(total_batch_size=3 * 32, micro_batch_size=1)
+    assert divide_step(cfg, 32, Worker(world_size=2)) == (Fraction(3, 2), 1)
+
+
+def test_a_run_that_is_told_to_stop_does_not_evaluate_before(tmp_path, data_dir):
+    """Not even where an evaluation is due: who stops a run has little time."""
+    signals, log_dir = [], tmp_path / "log"
+    stop = dict(prepare=lambda m: at_micro_steps(m, {11}, lambda loss: signals.append(15)))
+    assert begin(log_dir, data_dir, signals=signals, **stop) == 15
+    assert history(log_dir)[-1]["step"] == 5 and "loss" in history(log_dir)[-1]
+    assert [path.stem[-2:] for path in list_checkpoints(log_dir)] == ["04", "06"]
+
+
+def test_a_run_that_is_stopped_in_its_last_step_is_finished_by_resuming(tmp_path, data_dir, capsys):
+    signals, log_dir = [], tmp_path / "log"
+    stop = dict(prepare=lambda m: at_micro_steps(m, {23}, lambda loss: signals.append(15)))
+    assert begin(log_dir, data_dir, signals=signals, **stop) == 15
+    assert "log has log.jsonl" not in capsys.readouterr().out
+    assert begin(log_dir, data_dir, resume=True) == 0
+    assert "log has log.jsonl" in capsys.readouterr().out
+    assert "val_loss" in history(log_dir)[-1] and history(log_dir)[-1]["step"] == 12
+
+
+def test_a_loss_that_is_no_number_ends_a_run_in_fp16_at_once(tmp_path, data_dir):
+    with pytest.raises(FloatingPointError, match="step 5: loss .nan."):
+        begin(tmp_path / "log", data_dir, dtype=torch.float16, prepare=poison_loss)
+
+
+def test_only_where_later_models_are_worse_a_run_says_so(tmp_path, data_dir, capsys):
+    begin(tmp_path / "log", data_dir)
+    out = capsys.readouterr().out
+    assert "hf/ the model of step 12" in out and "later models are worse" not in out
+
+
+def test_the_seed_decides_the_samples_of_an_evaluation(tmp_path, data_dir, capsys):
+    samples = []
+    for seed in (1, 2):
+        same = dict(prepare=lambda model: randomize(model, 0.0), max_steps=1)
+        begin(tmp_path / str(seed), data_dir, seed=seed, **same)
+        out = capsys.readouterr().out
+        samples.append([line for line in out.splitlines() if line[:2] == "  "][:4])
+    assert len(samples[0]) == 4 and samples[0] != samples[1]
 
 
 # --------------------------------------------------------------------- Hugging Face, both ways
@@ -1654,3 +2134,33 @@ def test_a_model_that_cannot_be_fetched_is_one_clear_line(name, monkeypatch, tmp
     ) as error:
         GPT.from_pretrained(name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [
+    dict(layer_norm_epsilon=1e-6), dict(scale_attn_by_inverse_layer_idx=True),
+])  # fmt: skip
+def test_a_folder_whose_weights_compute_something_else_is_refused(change, folder, tmp_path):
+    edit_config(**change)(copied := shutil.copytree(folder, tmp_path / "hf"))
+    ((key, value),) = change.items()
+    with pytest.raises(ValueError, match=f"its {key}={value} is not GPT-2's"):
+        GPT.from_pretrained(str(copied))
+
+
+def test_of_a_model_on_the_hub_pickles_are_fetched_only_if_it_has_nothing_newer(
+    folder, tmp_path, monkeypatch
+):
+    older = tmp_path / "cache"
+    older.mkdir()
+    shutil.copy(folder / "config.json", older)
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, "pytorch_model*.bin" in allow_patterns))
+        if asked[-1] == ("older", True):
+            as_pickles_of_tensors(hugging_face(), older)
+        return str(dict(older=older, newer=folder)[name])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for name in ("newer", "older"):
+        assert GPT.from_pretrained(name).config.n_embd == 32
+    assert asked == [("newer", False), ("older", False), ("older", True)]
