@@ -1263,14 +1263,17 @@ def test_a_run_in_bf16_or_fp32_goes_on_in_fp16_and_back(tmp_path, data_dir, caps
     assert "resumed at step 3" in capsys.readouterr().out
 
 
-def test_what_a_kill_left_half_written_is_removed(tmp_path, data_dir):
-    (tmp_path / "log").mkdir()
-    (tmp_path / "log/checkpoint_000003.pt.tmp").touch()
-    begin(tmp_path / "log", data_dir, resume=True, max_steps=1)
-    assert not list(tmp_path.glob("log/*.tmp"))
-
-
 DROPOUT = dict(shape=dict(dropout=0.1))
+
+
+def test_what_kills_left_is_removed_also_where_nothing_is_written_anew(tmp_path, data_dir, run):
+    """And a file of somebody else's stays."""
+    log_dir = shutil.copytree(run, tmp_path / "log")
+    for name in ("loss.png.tmp", "hf/model.safetensors.tmp", "precious.tmp"):
+        (log_dir / name).touch()
+    begin(log_dir, data_dir, resume=True, **DROPOUT)
+    left = {path.relative_to(log_dir).as_posix() for path in log_dir.rglob("*.tmp")}
+    assert left == {"precious.tmp"}
 
 
 @pytest.mark.parametrize("other", [
