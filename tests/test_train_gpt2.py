@@ -1129,12 +1129,17 @@ def test_a_resumed_run_in_fp16_goes_on_with_the_scale_that_overflow_has_lowered(
     assert load_checkpoint(list_checkpoints(tmp_path / "log")[-1])[1]["scaler"]["scale"] == 2.0**14
 
 
-def test_what_a_kill_left_half_written_is_removed_in_every_folder(tmp_path, data_dir):
+def test_what_a_kill_left_half_written_is_gone_before_anything_is_computed(tmp_path, data_dir):
     (tmp_path / "log/hf").mkdir(parents=True)
     for name in ("checkpoint_000003.pt.tmp", "loss.png.tmp", "hf/model.safetensors.tmp"):
         (tmp_path / "log" / name).write_text("left by a kill")
-    begin(tmp_path / "log", data_dir, max_steps=1)
-    assert not list((tmp_path / "log").rglob("*.tmp"))
+    found = []
+
+    def watch(model):
+        model.register_forward_hook(lambda *_: found.append(list(tmp_path.rglob("*.tmp"))))
+
+    begin(tmp_path / "log", data_dir, prepare=watch, max_steps=1)
+    assert found and not any(found)
 
 
 def test_a_model_of_a_checkpoint_is_loaded_for_evaluation(run):
