@@ -237,9 +237,9 @@ def reading(what: object, way_out: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as e:  # Files and networks fail in the ways of a dozen libraries.
-        reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
         hint = " (convert it to UTF-8)" if isinstance(e, UnicodeError) else way_out
-        raise ValueError(f"{what}: {reason}{hint}") from e
+        reason = (str(e) or type(e).__name__) + hint  # What the system says needs no hint.
+        raise ValueError(f"{what}: {getattr(e, 'strerror', None) or reason}") from e
 
 
 @contextmanager

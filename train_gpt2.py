@@ -873,6 +873,9 @@ def load_tokenizer(folder: str | Path) -> Encoding:
     return fineweb.load_tokenizer(folder)
 
 
+TOKENIZER_FILES = ("encoder.json", "vocab.bpe", "added_tokens.json")  # where it is not GPT-2's
+
+
 def token_bytes(tokenizer: Encoding) -> list[bytes]:
     """The text that each token stands for, in bytes. <|endoftext|> stands for none."""
     tokens = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab)]
@@ -1386,7 +1389,7 @@ class Run:
             for pattern in ("checkpoint_*.tmp", "*.png.tmp", "hf/*.tmp"):
                 for half_written in self.log_dir.glob(pattern):
                     half_written.unlink()
-            for path in [Path(cfg.data_dir, name) for name in ("encoder.json", "vocab.bpe")]:
+            for path in [Path(cfg.data_dir, name) for name in TOKENIZER_FILES]:
                 if path.exists():  # the tokenizer is not GPT-2's
                     (self.log_dir / path.name).write_bytes(path.read_bytes())
             with open(self.log_dir / "log.jsonl", "a+b") as file:

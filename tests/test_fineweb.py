@@ -1337,6 +1337,20 @@ def test_shards_made_elsewhere_can_be_opened_and_inspected(gpt2, tmp_path, capsy
     assert "Hello, I'm a language model," in capsys.readouterr().out
 
 
+def test_good_shards_beyond_the_limit_of_open_files_are_not_called_damaged(tmp_path):
+    resource = pytest.importorskip("resource")
+    for i in range(60):
+        np.save(tmp_path / f"train_{i:03}.npy", np.zeros(9, np.uint16))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 30
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 20, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"train_0\d\d.npy: Too many open files$"):
+            fineweb.open_shards(tmp_path, "train")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 @pytest.mark.parametrize("what", ["missing", "empty", "unfinished"])
 def test_a_directory_without_shards_is_refused(what, tmp_path):
     if what != "missing":
