@@ -1017,8 +1017,9 @@ def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
 def divide_step(cfg: TrainConfig, T: int, worker: Worker) -> tuple[Fraction, int]:
     """The windows of a micro-step (B) and the micro-steps of a step, for each worker.
 
-    B is at most micro_batch_size. On a CPU a micro-step has at most 8,192 tokens, because more are
-    no faster there. Errors: ValueError if a step cannot be divided into windows of T tokens.
+    B is at most micro_batch_size, unless a micro-step would then be empty: 2 workers that share 3
+    windows take 1 and 2, whatever it is. On a CPU a micro-step has at most 8,192 tokens, because
+    more are no faster there. Errors: ValueError if a step cannot be divided into windows.
     """
     windows, rest = divmod(cfg.total_batch_size, T)
     nearest = max(1, round(cfg.total_batch_size / T)) * T

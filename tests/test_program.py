@@ -937,3 +937,11 @@ def test_any_command_without_data_ends_in_an_error_without_a_traceback(command, 
     done = subprocess.run(command, capture_output=True, timeout=300)
     assert done.returncode and b"Traceback" not in done.stderr and b"error: " in done.stderr
     assert not [path for path in Path().rglob("*") if path.is_file()]
+
+
+def test_the_seed_decides_the_first_weights(data_dir):
+    losses = []
+    for i, seed in enumerate((1, 1, 2)):
+        train_gpt2.main(flags(data_dir=data_dir, max_steps=1, seed=seed, log_dir=f"log{i}"))
+        losses.append(history(f"log{i}")[0]["val_loss"])  # before the first step
+    assert losses[0] == losses[1] != losses[2]

@@ -2172,3 +2172,21 @@ def test_of_a_model_on_the_hub_pickles_are_fetched_only_if_it_has_nothing_newer(
     for name in ("newer", "older"):
         assert GPT.from_pretrained(name).config.n_embd == 32
     assert asked == [("newer", False), ("older", False), ("older", True)]
+
+
+def test_pickles_whose_tensors_repeat_one_number_are_no_weights(folder, tmp_path):
+    """Of the right shapes, and so small a file that it cannot hold the weights."""
+    copied = shutil.copytree(folder, tmp_path / "hf")
+    only_a_pickle(spread(hugging_face().state_dict()))(copied)
+    with pytest.raises(ValueError, match="hold fewer than the"):
+        GPT.from_pretrained(str(copied))
+
+
+def test_half_a_line_at_the_end_of_a_log_goes_before_the_next_is_written(tmp_path, data_dir):
+    begin(tmp_path / "log", data_dir, max_steps=1)
+    log = tmp_path / "log/log.jsonl"
+    lines = [line for line in log.read_text().splitlines() if '"step": 1' not in line]
+    log.write_text("\n".join([*lines, '{"step": 1, "val_lo']))  # cut short by a kill
+    begin(tmp_path / "log", data_dir, max_steps=2, resume=True)
+    assert [json.loads(line) for line in log.read_text().splitlines()] == read_log(tmp_path / "log")
+    assert [r["start_step"] for r in read_log(tmp_path / "log") if "start_step" in r] == [0, 1]
