@@ -1071,6 +1071,8 @@ def prepare_net(
             worker.print(f"memory is full: {cfg.micro_batch_size} sequences at once from now on")
             B, micro_steps = divide_step(cfg, T, worker)
     except (RuntimeError, ImportError) as e:  # what torch.compile needs is not on every machine
+        if not compiled:
+            raise
         reason = str(e).strip().splitlines()[0]
         raise ValueError(f"torch.compile cannot run here ({reason}): use --compile off") from e
     if worker.world_size > 1:
@@ -1357,8 +1359,8 @@ class Run:
     def must_skip(self, step: int, losses: Tensor, norm: float) -> bool:
         """Whether a step must not change the weights, because fp16 has overflowed.
 
-        Errors: FloatingPointError if a worker's loss is not finite, or if the gradient is not. In
-        fp16 it may be so in nine steps in a row.
+        Errors: FloatingPointError if a worker's loss or the gradient is not finite. fp16 may skip
+        nine steps in a row because of its gradient, and the tenth ends the run.
         """
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
         if not losses.isfinite().all() or self.skipped == (10 if self.scaler.is_enabled() else 1):
@@ -1816,7 +1818,8 @@ def make_model(flags: dict[str, Any], shape: GPTConfig, cfg: TrainConfig) -> GPT
     Errors: ValueError if that model has another tokenizer, or cannot get the shape that was asked.
     """
     tokenizer = load_tokenizer(cfg.data_dir)
-    if not cfg.init:
+    resumed = flags.get("resume", False) and list_checkpoints(cfg.log_dir)
+    if not cfg.init or resumed:  # a checkpoint's weights will take the place of the random ones
         torch.manual_seed(cfg.seed)
         return GPT(replace(shape, vocab_size=flags.get("vocab_size", padded(tokenizer.n_vocab))))
     loaded, its_tokenizer = load_model(cfg.init)

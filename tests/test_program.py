@@ -603,6 +603,15 @@ def test_resume_alone_goes_on_with_the_runs_own_arguments(data_dir, capsys):
     assert decays == {0.0, 0.5}
 
 
+def test_a_run_that_began_with_other_weights_goes_on_when_these_are_gone(finished, data_dir):
+    init = shutil.copytree(finished, "begun_with")
+    argv = flags(data_dir=data_dir, shape={}, max_steps=1, init=init, log_dir="log/gpt2")
+    assert train_gpt2.main(argv) == 0
+    shutil.rmtree(init)
+    assert train_gpt2.main(["--resume", "--max_steps=2", "--preset=gpt2"]) == 0
+    assert steps("log/gpt2") == [0, 1]
+
+
 def test_a_weight_decay_that_was_changed_on_resuming_shrinks_the_weights(data_dir):
     norms = []
     for decay in (0.1, 50.0):
