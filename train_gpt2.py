@@ -73,7 +73,6 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from fractions import Fraction
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -520,7 +519,7 @@ class DataLoaderLite:
     finds its place in the data by its step number.
     """
 
-    def __init__(self, data_dir: str | Path, split: str, B: int | Fraction, T: int, rank: int = 0,
+    def __init__(self, data_dir: str | Path, split: str, B: int, T: int, rank: int = 0,
                  world_size: int = 1, seed: int = 1337, n_vocab: int = 2**16):  # fmt: skip
         self.B, self.T = B, T
         self.rank, self.world_size = rank, world_size
@@ -558,9 +557,8 @@ class DataLoaderLite:
 
     def batch(self, i: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of this worker's batch i: int64, (B, T) each."""
-        k = i * self.world_size + self.rank
-        # B is whole, unless the workers cannot share a step evenly: see `divide_step`.
-        return self.windows(range(int(k * self.B), int((k + 1) * self.B)))
+        first = (i * self.world_size + self.rank) * self.B
+        return self.windows(range(first, first + self.B))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return map(self.batch, count())
@@ -569,27 +567,28 @@ class DataLoaderLite:
 # -------------------------------------------------------------------------- The training loop
 
 
-def accumulate_gradients(net: nn.Module, loader: DataLoaderLite, batches: range,
+def accumulate_gradients(net: nn.Module, loader: DataLoaderLite, windows: range, micro_steps: int,
                          scaler: torch.amp.GradScaler, worker: Worker) -> Tensor:  # fmt: skip
-    """Add the gradients of some batches to those of the weights. Returns their mean loss, ().
+    """Add the gradients of a step's windows to those of the weights. Returns their mean loss, ().
 
     A step of GPT-2 124M has 2^19 tokens (GPT-3, table 2.1), because the mean of many gradients is a
-    reliable direction. They do not fit into memory at once. So a worker runs several forward and
-    backward passes ("micro-steps"), and the weights change only after the last.
+    reliable direction. They do not fit into memory at once. So the windows of a step are divided
+    among the workers, and each worker divides its own among several forward and backward passes
+    ("micro-steps"). The weights change only after the last.
     """
+    mine = split_range(windows, worker.world_size)[worker.rank]
     total = torch.zeros((), device=worker.device)
-    for i in batches:
-        x, y = worker.to_device(*loader.batch(i))  # (B, T) each
+    for i, batch in enumerate(split_range(mine, micro_steps), start=1):
+        x, y = worker.to_device(*loader.windows(batch))  # (B, T) each
         # With several workers, backward() can average the gradients over all of them. This takes
         # time, and once per step is enough. So it is switched on for the last micro-step only.
-        net.require_backward_grad_sync = i == batches[-1]
+        net.require_backward_grad_sync = i == micro_steps
         with worker.autocast():  # matrix products in bf16, if the device is fast at it
             # backward() adds its gradients to those that are there. Each loss is a mean over one
-            # batch. Divided by their number, the losses add up to the mean over all batches, and
-            # the gradients to those of one large batch.
-            loss = net(x, y) / len(batches)
-            if len(x) != loader.B:  # this batch has a window more or less than the average
-                loss = loss * float(len(x) / loader.B)
+            # batch. Multiplied by the batch's share of the worker's windows (1 / micro_steps, if
+            # they divide evenly), the losses add up to the mean over all of them, and the gradients
+            # to those of one large batch.
+            loss = net(x, y) * (len(batch) * worker.world_size / len(windows))
         scaler.scale(loss).backward()
         total += loss.detach()
     return total
@@ -608,6 +607,7 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
     worker = worker or Worker()
     tokenizer = load_tokenizer(cfg.data_dir)
     T = cfg.seq_len or model.config.block_size
+    n_windows = cfg.total_batch_size // T  # of a step, for all workers together
     # net has the weights of the model, but it may be compiled, and its gradients are averaged over
     # the workers. Evaluation uses the model itself: its inputs have many lengths, and net would be
     # compiled again for each of them.
@@ -641,8 +641,8 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
         torch.manual_seed((cfg.seed + step) * worker.world_size + worker.rank)
 
         # 1. Find the direction: the gradient of the loss on the tokens of this step.
-        batches = range(step * micro_steps, (step + 1) * micro_steps)
-        loss = accumulate_gradients(net, loader, batches, scaler, worker)
+        windows = range(step * n_windows, (step + 1) * n_windows)
+        loss = accumulate_gradients(net, loader, windows, micro_steps, scaler, worker)
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
 
@@ -1014,8 +1014,14 @@ def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
     return Worker(rank, world_size, here, dtypes[name])
 
 
-def divide_step(cfg: TrainConfig, T: int, worker: Worker) -> tuple[Fraction, int]:
-    """The windows of a micro-step (B) and the micro-steps of a step, for each worker.
+def split_range(numbers: range, n: int) -> list[range]:
+    """Split a range into n ranges, whose lengths differ by at most 1."""
+    ends = [len(numbers) * i // n for i in range(n + 1)]
+    return [numbers[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def divide_step(cfg: TrainConfig, T: int, worker: Worker) -> tuple[int, int]:
+    """The most windows of a micro-step (B), and the micro-steps of a step, for each worker.
 
     B is at most micro_batch_size, unless a micro-step would then be empty: 2 workers that share 3
     windows take 1 and 2, whatever it is. On a CPU a micro-step has at most 8,192 tokens, because
@@ -1030,7 +1036,7 @@ def divide_step(cfg: TrainConfig, T: int, worker: Worker) -> tuple[Fraction, int
     if worker.device.type == "cpu":
         most = min(most, max(1, 8192 // T))
     micro_steps = min(math.ceil(windows / (workers * most)), windows // workers)  # none is empty
-    return Fraction(windows, workers * micro_steps), micro_steps
+    return math.ceil(windows / (workers * micro_steps)), micro_steps
 
 
 def is_compiled(cfg: TrainConfig, worker: Worker) -> bool:
@@ -1049,9 +1055,7 @@ def first_pass_fits(net: nn.Module, B: int, T: int, worker: Worker) -> bool:
     return bool(worker.gather(fits).all())
 
 
-def prepare_net(
-    model: GPT, cfg: TrainConfig, T: int, worker: Worker
-) -> tuple[nn.Module, Fraction, int]:
+def prepare_net(model: GPT, cfg: TrainConfig, T: int, worker: Worker) -> tuple[nn.Module, int, int]:
     """The model, compiled and distributed if it should be; B and micro-steps as in divide_step.
 
     Compilation and CUDA have their first pass here. So no step's time includes it, and B is halved
@@ -1064,10 +1068,10 @@ def prepare_net(
     net: nn.Module = torch.compile(model) if compiled else model
     try:
         while compiled or worker.device.type == "cuda":
-            if first_pass_fits(net, math.ceil(B), T, worker):
+            if first_pass_fits(net, B, T, worker):
                 break
             require(B > 1, "memory does not suffice for a single sequence: use a lower --seq_len")
-            cfg = replace(cfg, micro_batch_size=math.ceil(B) // 2)
+            cfg = replace(cfg, micro_batch_size=B // 2)
             worker.print(f"memory is full: {cfg.micro_batch_size} sequences at once from now on")
             B, micro_steps = divide_step(cfg, T, worker)
     except (RuntimeError, ImportError) as e:  # what torch.compile needs is not on every machine
@@ -1093,12 +1097,11 @@ def evaluate(model: GPT, loader: DataLoaderLite, val_tokens: int, tokenizer: Enc
     """
     lengths = torch.tensor([len(token) for token in token_bytes(tokenizer)])
     n = min(max(1, val_tokens // loader.T), loader.n_windows)
-    first, end = (n * (worker.rank + i) // worker.world_size for i in (0, 1))
+    mine, B = split_range(range(n), worker.world_size)[worker.rank], loader.B
     nats = n_bytes = 0.0
-    B = math.ceil(loader.B)
-    with worker.inference(model, B * loader.T):
-        for i in range(first, end, B):
-            x, y = loader.windows(range(i, min(i + B, end)))  # (B, T) each
+    with worker.inference(model, rows=B * loader.T):
+        for i in range(0, len(mine), B):
+            x, y = loader.windows(mine[i : i + B])  # (B, T) each
             n_bytes += float(lengths[y].sum())
             nats += model(*worker.to_device(x, y)).item() * y.numel()
     nats, n_bytes = worker.gather(nats, n_bytes).sum(dim=0).tolist()
@@ -1458,8 +1461,8 @@ def load_hugging_face(name: str | Path) -> GPT:
     from safetensors.torch import load_file
 
     load_bin = functools.partial(torch.load, map_location="cpu", weights_only=True)
-    kinds = (("model.safetensors", load_file), ("model-*-of-*.safetensors", load_file),
-             ("pytorch_model.bin", load_bin), ("pytorch_model-*-of-*.bin", load_bin))  # fmt: skip
+    patterns = ("model.safetensors", "model-*-of-*.safetensors",
+                "pytorch_model.bin", "pytorch_model-*-of-*.bin")  # fmt: skip
     # Each of these changes what the weights compute, and in GPT-2 it has one value only.
     fixed = dict(
         model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
@@ -1472,9 +1475,9 @@ def load_hugging_face(name: str | Path) -> GPT:
         require(not others, f"its {', '.join(others)} is not GPT-2's")
         shape = dict(block_size=c.get("n_positions"), vocab_size=c.get("vocab_size"))
         shape |= {key: c.get(key) for key in ("n_layer", "n_head", "n_embd")}
-        found = ((sorted(folder.glob(pattern)), load) for pattern, load in kinds)
-        files, load = next(((files, load) for files, load in found if files), ([], load_bin))
+        files = next((f for p in patterns if (f := sorted(folder.glob(p)))), [])
         require(len(files) > 0, "there is no model.safetensors and no pytorch_model.bin")
+        load = load_bin if files[0].suffix == ".bin" else load_file
         tensors = {name: t for file in files for name, t in load(file).items()}
         # OpenAI's names lack the prefix, and its causal masks are not weights.
         masks = (".attn.bias", ".attn.masked_bias")
@@ -1537,10 +1540,8 @@ def load_model(name: str | Path) -> tuple[GPT, Encoding]:
     if best.is_dir():
         model, tokenizer = GPT.from_pretrained(best), load_tokenizer(path)
     elif checkpoints:
-        model, tokenizer = (
-            load_checkpoint(checkpoints[-1])[0],
-            load_tokenizer(checkpoints[-1].parent),
-        )
+        newest = checkpoints[-1]
+        model, tokenizer = load_checkpoint(newest)[0], load_tokenizer(newest.parent)
     else:
         import fineweb
 
@@ -1797,19 +1798,15 @@ def take_log_dir(names: list[str], worker: Worker) -> str:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Lock a file, if the system can do this in the way of Unix. Errors: ValueError if another
-    process has locked it."""
-    with path.open("rb") as file:
-        try:
-            import fcntl
+def locked(log_dir: str) -> Iterator[None]:
+    """Lock the folder of a run. Errors: ValueError if another process has locked it."""
+    from filelock import FileLock, Timeout  # PyTorch needs this library as well
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ModuleNotFoundError:
-            pass  # on Windows
-        except BlockingIOError as e:
-            raise ValueError(f"{path.parent}: another process is writing this run") from e
-        yield
+    try:
+        with FileLock(Path(log_dir, "lock"), timeout=0):
+            yield
+    except Timeout as e:
+        raise ValueError(f"{log_dir}: another process is writing this run") from e
 
 
 def make_model(flags: dict[str, Any], shape: GPTConfig, cfg: TrainConfig) -> GPT:
@@ -1893,7 +1890,7 @@ def run(flags: dict[str, Any]) -> int:
     if preset == "quick" and not flags.keys() & {"preset", "data_dir"} and not runs:
         worker.print("no shards in edu_fineweb10B (python fineweb.py makes them): preset quick")
     log = Path(cfg.log_dir, "log.jsonl")
-    with locked(log) if worker.rank == 0 else nullcontext():
+    with locked(cfg.log_dir) if worker.rank == 0 else nullcontext():
         try:
             on_stdlib = cfg.data_dir == PRESETS["quick"][1].data_dir and "data_dir" not in flags
             if on_stdlib and int(os.environ.get("LOCAL_RANK", 0)) == 0:
