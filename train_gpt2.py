@@ -648,7 +648,9 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
 
         # 2. Bound it. All gradients together are seen as one long vector. If its length, the norm,
         # is above grad_clip, they are scaled down, so one odd batch cannot throw the weights far.
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])  # ()
+        if norm > cfg.grad_clip > 0:
+            nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
 
         # 3. Let all workers agree. Each tells its loss, and whether it was signalled to stop (0 if
         # not). After this line all workers have the numbers of all, and so act alike.
@@ -656,7 +658,7 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
         signum = int(numbers.max())
         # A loss or gradient that is not finite would spoil every weight, so it ends the run. Only
         # fp16 may overflow now and then. The step is skipped then.
-        skip = run.must_skip(step, losses, norm)
+        skip = run.must_skip(step, losses, norm.item())
 
         # 4. Take the step, and forget its gradients.
         lr = get_lr(step, cfg)
@@ -669,7 +671,8 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
         scaler.update()
 
         # 5. Write down how it went.
-        run.log_step(step, losses.mean().item(), lr, norm, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        run.log_step(step, losses.mean().item(), lr, norm.item(), seconds)
     if finished and not signum:
         run.finish()
     return signum
@@ -959,6 +962,11 @@ class Worker:
         return 2 * n**3 / min(seconds)
 
 
+def cpu_features() -> dict[str, Any]:
+    """What the CPU has, and its name. PyTorch 2.9 cannot tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
 def fast_precision(device: str) -> str:
     """The fastest format of numbers that a device computes with, and does not only emulate.
 
@@ -968,8 +976,7 @@ def fast_precision(device: str) -> str:
     """
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    # PyTorch 2.9 cannot tell what a CPU has, and then takes fp32.
-    features = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
+    features = cpu_features() if device == "cpu" else {}
     return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
 
 
@@ -1589,9 +1596,9 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, learns: bool) -> Tensor:
-        x_grad, weight_grad = x.new_empty(x.shape), torch.zeros_like(weight)
-        ctx.save_for_backward(x_grad, weight_grad)
-        x, x_grad = x.flatten(0, 1), x_grad.flatten(0, 1)  # (N, C)
+        shape = x.shape
+        x = x.flatten(0, 1)  # (N, C)
+        x_grad, weight_grad = torch.empty_like(x), torch.empty(0)
         targets = targets.flatten()[:, None]  # (N, 1)
         if torch.is_autocast_enabled("cpu"):
             x, weight = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight))
@@ -1609,7 +1616,9 @@ class ChunkedLoss(torch.autograd.Function):
                     z.copy_(log_p.exp_().scatter_add_(1, target, -torch.ones_like(log_p[:, :1])))
             if learns:
                 x_grad[i : i + rows] = logits @ weight
-                weight_grad += logits.T @ x[i : i + rows]
+                product = logits.T @ x[i : i + rows]  # (V, C)
+                weight_grad = weight_grad.add_(product) if i > 0 else product.float()
+        ctx.save_for_backward(x_grad.view(shape), weight_grad)
         return loss / ctx.N
 
     @staticmethod
@@ -1625,8 +1634,9 @@ def inference(model: GPT, rows: int = 1) -> Iterator[None]:
 
     rows: how many rows the matrices typically multiply. oneDNN would otherwise reorder the weights
     in every call, and with few rows that takes longer than the product. Packed, 124M generates 1.2
-    to 1.3 times as fast in bf16, and 1.7 to 2.9 times in fp32. Do not copy the model in here: the
-    copy would keep its packed weights.
+    to 1.3 times as fast in bf16. In fp32 it generates 1.7 to 2.9 times as fast on AMD's processors,
+    and slower on Intel's, where fp32 stays as it is. Do not copy the model in here: the copy would
+    keep its packed weights.
     """
     was_training = model.training
     with torch.no_grad():
@@ -1647,10 +1657,13 @@ def pack_linears(model: GPT, rows: int) -> list[nn.Linear]:
     packed: list[nn.Linear] = []
     on_cpu = model.lm_head.weight.device.type == "cpu"
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    # In fp32, PyTorch has Intel's MKL, which is faster than oneDNN on Intel's processors, and on
+    # others much slower.
+    by_mkl = dtype == torch.float32 and "Intel" in cpu_features().get("cpu_name", "")
     with suppress(AttributeError, RuntimeError):
         pack = torch.ops.mkldnn._reorder_linear_weight
         multiply = torch.ops.mkldnn._linear_pointwise
-        for layer in model.modules() if on_cpu else ():
+        for layer in model.modules() if on_cpu and not by_mkl else ():
             if isinstance(layer, nn.Linear) and "forward" not in vars(layer):  # not packed yet
                 bias = None if layer.bias is None else layer.bias.to(dtype)
                 args = (pack(layer.weight.to(dtype), rows), bias, "none", [], "")

@@ -55,6 +55,7 @@ from train_gpt2 import (
     load_model,
     orthogonalize,
     padded,
+    prepare_net,
     read_log,
     safe_device,
     sample,
@@ -569,6 +570,16 @@ def test_samples_are_computed_in_the_workers_precision(tokenizer, dtype):
     model.transformer.h[0].mlp.register_forward_hook(lambda _, args, y: found.add(y.dtype))
     sample_texts(model, tokenizer, Worker(dtype=dtype), "the ", n=1, max_new_tokens=2)
     assert found == {dtype}
+
+
+@pytest.mark.parametrize("name, in_fp32", [("AMD EPYC", True), ("Intel(R) Xeon(R)", False)])
+def test_weights_are_packed_where_that_is_faster(name, in_fp32, monkeypatch):
+    """In fp32 this is not so on Intel's processors."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(cpu_name=name), raising=False)
+    model = GPT(GPTConfig(**TINY))
+    for dtype, expected in ((torch.float32, in_fp32), (torch.bfloat16, True)):
+        with Worker(dtype=dtype).inference(model, rows=1):
+            assert ("forward" in vars(model.lm_head)) == expected
 
 
 def test_generation_inside_of_inference_leaves_that_as_it_was():
@@ -1184,14 +1195,13 @@ def test_the_log_says_what_was_run_and_each_step_once(run, data_dir):
 def test_accumulated_micro_batches_give_the_gradients_of_one_big_batch(
     tmp_path, data_dir, monkeypatch
 ):
-    found, clip = {}, nn.utils.clip_grad_norm_
+    found, measure = {}, nn.utils.get_total_norm
 
-    def spy(parameters, limit):
-        parameters = list(parameters)
-        found.setdefault(B, []).append([p.grad.clone() for p in parameters])
-        return clip(parameters, limit)
+    def spy(grads):
+        found.setdefault(B, []).append([grad.clone() for grad in grads])
+        return measure(grads)
 
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy)
+    monkeypatch.setattr(nn.utils, "get_total_norm", spy)
     for B in (8, 4, 1):
         begin(tmp_path / str(B), data_dir, micro_batch_size=B, max_steps=2, optimizer="adamw")
         torch.testing.assert_close(found[B], found[8], rtol=1e-4, atol=1e-6)
@@ -1618,6 +1628,29 @@ def test_compile_is_for_cuda_unless_it_is_switched_on_or_off():
     workers = [Worker(device=torch.device(name)) for name in ("cpu", "cuda")]
     for choice, compiled in dict(auto=[False, True], on=[True] * 2, off=[False] * 2).items():
         assert [is_compiled(TrainConfig(compile=choice), w) for w in workers] == compiled
+
+
+@pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "clang++", "cl")), reason="no C++ compiler here"
+)
+def test_a_compiled_model_has_the_loss_of_the_model_and_takes_the_same_step():
+    shape = GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=2, n_embd=16)
+    tokens = torch.randint(64, (2, 17))
+    losses, steps = [], []
+    for choice in ("off", "on"):
+        torch.manual_seed(0)
+        model = GPT(shape)
+        cfg = TrainConfig(total_batch_size=32, micro_batch_size=2, compile=choice, max_lr=1e-2)
+        net, B, micro_steps = prepare_net(model, cfg, 16, Worker())
+        assert (B, micro_steps) == (2, 1) and (net is model) == (choice == "off")
+        loss = net(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        (adamw,) = configure_optimizers(model, cfg)
+        adamw.step()
+        losses.append(loss.detach())
+        steps.append(model.state_dict())
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("device, cfg, shape, safe", [
