@@ -14,7 +14,7 @@ Notation in all files of this project:
     T   tokens in a sequence                     hs  the size of a head: C / nh
     C   channels of a token's vector (n_embd)    L   blocks (n_layer)
     V   tokens in the vocabulary (vocab_size)
-A comment like # (B, T, C) gives the shape of the tensor that its line makes. () is a number.
+A comment like # (B, T, C) gives the shape of the tensor that its line makes; () is one number.
 
 A language model reads text as tokens. A token is a frequent piece of text, and the model sees only
 its number, the id:
@@ -44,7 +44,7 @@ probabilities that sum to 1:
 Training shows the model text whose next tokens are known. The loss at a position is -ln p, where p
 is the probability that the model gave to the true next token. The gradient of the loss says, for
 each weight, how the loss changes if the weight grows a little. PyTorch records all operations from
-the weights to the loss, and loss.backward() goes back through them by the chain rule. So one
+the weights to the loss, and the method `backward` goes back through them by the chain rule. One
 backward pass gives the gradient for all weights. Then each weight takes a small step in the
 direction in which the loss falls. Before training the loss is near 11, as if all tokens were
 equally likely. OpenAI's GPT-2 small reaches 3.29 on web text (FineWeb-Edu; the figure is from
@@ -52,15 +52,13 @@ build-nanogpt's play.ipynb). With that loss, it is as unsure as if it chose amon
 equally likely tokens.
 
 The papers: "GPT-2" is Radford et al. 2019, Language Models are Unsupervised Multitask Learners.
-"GPT-3" is Brown et al. 2020, arXiv:2005.14165, which says how to train where GPT-2 does not.
+"GPT-3" is Brown et al. 2020, arXiv:2005.14165. It has the details of training that GPT-2 lacks.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
-import hashlib
 import json
 import math
 import os
@@ -69,7 +67,6 @@ import re
 import signal
 import sys
 import time
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -95,8 +92,8 @@ class GPTConfig:
 
     # The longest sequence that the model can read, in tokens.
     block_size: int = 1024
-    # The number of tokens: 256 bytes, 50000 merges and <|endoftext|>, with which a text begins. By
-    # default, training rounds it up to a multiple of 128, which GPUs compute faster.
+    # The number of tokens: 256 bytes, 50000 merges and <|endoftext|>, which comes before each text.
+    # By default, training takes that of the tokenizer, rounded up to a multiple of 128.
     vocab_size: int = 50257
     # The number of blocks.
     n_layer: int = 12
@@ -104,7 +101,7 @@ class GPTConfig:
     n_head: int = 12
     # The length of a token's vector, in channels. It has to be a multiple of n_head.
     n_embd: int = 768
-    # The share of numbers that dropout sets to 0 during training.
+    # The share of numbers that dropout sets to 0 during training. The class GPT says what for.
     dropout: float = 0.0
     # Whether the Linear and LayerNorm layers add a learned vector, their bias.
     bias: bool = True
@@ -118,7 +115,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
 
     Vaswani et al. 2017, arXiv:1706.03762, section 3.2. Returns (B, nh, T, hs). A token's query says
     what it looks for, and a token's key says what it offers. Their dot product is a score for how
-    well they match. The value is what the token hands over. An example of one head, T = 3:
+    well they match. The value is what the token hands over. This happens nh times side by side, in
+    the attention heads, each of which can look for something different. One head with T = 3:
 
                   q·kᵀ / √hs + mask          weights: the softmax of each row
                   The    cat    sat          The    cat    sat
@@ -130,7 +128,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """
     # A score is a sum of hs products. If these were independent and had variance 1, the score would
     # have variance hs. Dividing by √hs brings the variance back to 1. If scores were much larger,
-    # softmax would give nearly all weight to one token, and hardly any gradient to the others.
+    # softmax would give nearly all weight to one token, and hardly any gradient to the scores.
+    # k.mT is k with its last two dimensions swapped.
     scores = (q / math.sqrt(q.size(-1))) @ k.mT  # (B, nh, T, T): a row for each query
     # No token may look at later ones. Training asks each token for its successor. If it could see
     # the successor, it would only have to copy it. The loss would fall to nearly 0, and the model
@@ -138,7 +137,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     # tokens, above the diagonal, become -∞, and their weights become e^-∞ = 0.
     mask = torch.full_like(scores[0, 0], -math.inf).triu(1)  # (T, T)
     weights = (scores + mask).softmax(dim=-1)  # (B, nh, T, T): each row sums to 1
-    weights = F.dropout(weights, dropout)
+    weights = F.dropout(weights, dropout)  # the caller gives 0 outside of training
     return weights @ v  # (B, nh, T, hs): for each query the weighted sum of the values
 
 
@@ -149,7 +148,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        # One matrix makes queries, keys and values, because one large product is faster than three.
+        # The names are those of OpenAI's weights, in which c_ stands for convolution. One matrix
+        # makes queries, keys and values, because one large product is faster than three.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -158,8 +158,8 @@ class CausalSelfAttention(nn.Module):
         """Training gives x alone. mask is for hellaswag.py, and cache is for GPT.generate."""
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
-        # The channels are cut into nh heads, each of which can look for something different. No
-        # number moves: view and transpose only change how the same memory is indexed.
+        # The channels are cut into nh heads. No number moves, as view and transpose only change how
+        # the same memory is indexed.
         hs = C // self.n_head
         q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
@@ -167,8 +167,9 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, nh, tokens so far, hs) each
         dropout = self.dropout if self.training else 0.0
-        # This computes what `attention` does, in the way that is fastest on the device. On a GPU it
-        # is FlashAttention (arXiv:2205.14135), which never holds a whole (T, T) matrix.
+        # This computes what `attention` does, causal mask included, in the way that is fastest on
+        # the device. On a GPU it is FlashAttention (arXiv:2205.14135), which never holds a whole
+        # (T, T) matrix. After cached tokens there is a single query, which may see all keys.
         y = fast_attention(q, k, v, mask, dropout)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # the results of all heads, side by side
         return self.resid_dropout(self.c_proj(y))  # c_proj lets the channels of all heads mix
@@ -182,8 +183,8 @@ class MLP(nn.Module):
     result. The factor 4 is that of Vaswani et al.
 
     GELU (arXiv:1606.08415) is x·Φ(x), where Φ(x) is the share of a normal distribution below x. It
-    is a smooth form of ReLU, max(x, 0), and unlike it has a gradient for slightly negative x. GPT-2
-    used a tanh approximation.
+    is a smooth form of ReLU, max(x, 0). ReLU has no gradient for negative x. GELU still has some
+    where x is slightly negative. GPT-2 used a tanh approximation.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -228,7 +229,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole of GPT-2: two embeddings, L blocks (h), a last LayerNorm and the head.
 
-    Its parameters have the names that Hugging Face's library transformers gives them.
+    Its parameters have the names of Hugging Face's library transformers, so weights can be shared.
 
     In training, dropout sets a random share of numbers to 0 and divides the others by the share
     that is kept, so that the mean stays the same. The model then relies less on any single number,
@@ -248,8 +249,8 @@ class GPT(nn.Module):
         ))  # fmt: skip
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # One tensor has two jobs (arXiv:1608.05859). As wte it looks a token up, and as lm_head it
-        # scores one. So the model learns together what a token means where it is read and where it
-        # is predicted. This saves GPT-2 small 38.6M parameters.
+        # scores one. So what the model learns about a token as its input also helps to predict this
+        # token. It saves GPT-2 small 38.6M parameters.
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
@@ -259,8 +260,8 @@ class GPT(nn.Module):
 
         Training gives idx alone. The other arguments are for hellaswag.py and GPT.generate:
         pos (T,) or (B, T): the position of each token, if it is not 0, 1, 2, …
-        mask (B, 1, T, T): True where a query (row) may look at a key (column), if this is not every
-            key up to the query's own.
+        mask (B, 1, T, T): True where a query (row) may look at a key (column). Without it, each
+            query looks at its own key and all before it.
         caches: a KVCache for each block, which holds the tokens before idx.
         Errors: ValueError if positions would go beyond block_size.
         """
@@ -269,9 +270,9 @@ class GPT(nn.Module):
             end, limit = start + idx.size(1), self.config.block_size
             require(end <= limit, f"{end} tokens are more than block_size={limit}")
             pos = torch.arange(start, end, device=idx.device)  # (T,)
-        # A look-up takes a row out of a table. wpe is a table of learned vectors as well, and it
-        # ends at block_size. Attention needs it, because a weighted sum has no order. Without
-        # positions, an attention layer would see the tokens before a token as an unordered bag.
+        # A look-up takes a row out of a table. wpe is a learned table as well, and it ends at
+        # block_size. Positions are needed because a weighted sum has no order. Without them, an
+        # attention layer would see the tokens before a token as an unordered bag.
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
@@ -294,7 +295,8 @@ class GPT(nn.Module):
         x = self.hidden(idx)  # (B, T, C)
         if targets is None:
             return self.lm_head(x)  # (B, T, V)
-        # This is F.cross_entropy of the logits. Where they are large, it holds only some at a time.
+        # This is F.cross_entropy of the logits and the targets. The logits are the largest tensor,
+        # so on a CPU head_loss computes them in pieces.
         return head_loss(x, self.lm_head.weight, targets)
 
     @torch.no_grad()
@@ -307,10 +309,11 @@ class GPT(nn.Module):
         with depth. We draw c_proj smaller by a factor of √(2L). All 2L additions together then have
         the variance that one of them would have had (GPT-2, section 2.3).
 
-        The first loss is a little more than the ln V of equally likely tokens. ln_f gives lm_head
-        numbers of variance 1, so a logit z is normal with variance σ² = 0.02²·C, which is 0.307 for
-        GPT-2 small. The mean of e^z is then e^(σ²/2). Therefore ln Σ e^z is about ln V + σ²/2, and
-        the first loss is 10.825 + 0.154 = 10.98.
+        The first loss is a little more than the ln V of equally likely tokens. It is the mean of
+        -ln p = ln Σ e^z - z, where z, the true token's logit, is 0 on average. ln_f gives lm_head
+        numbers of variance 1, so the logits are normal with variance σ² = 0.02²·C, which is 0.307
+        for GPT-2 small. The mean of e^z is then e^(σ²/2). Therefore ln Σ e^z is about ln V + σ²/2,
+        and the first loss is 10.825 + 0.154 = 10.98.
         """
         for name, p in self.named_parameters():  # the tied tensor comes once
             if p.dim() == 2:
@@ -323,20 +326,9 @@ class GPT(nn.Module):
         """The number of weights. The tensor that wte and lm_head share counts once."""
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self, T: int) -> int:
-        """FLOPs of training per token, in sequences of T tokens (arXiv:2204.02311, appendix B).
-
-        A weight costs 2 FLOPs per token forward (a multiplication and an addition) and 4 backward,
-        6 in all. wpe is left out, because its rows are only looked up. wte counts, because as
-        lm_head it multiplies. In each block, the scores and the weighted sums cost 2·C·T each
-        forward and twice that backward, 12·C·T in all.
-        """
-        c = self.config
-        return 6 * (self.num_params() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
-
     def generate(self, idx: Tensor, max_new_tokens: int, stop: int | None = None,
                  n_vocab: int | None = None, **settings: Any) -> Tensor:  # fmt: skip
-        """Continue each row of idx (B, T), token by token. Returns (B, T + max_new_tokens).
+        """Continue each row of idx (B, T), token by token. Returns (B, at most T + max_new_tokens).
 
         As long as the text fits into block_size, this would do:
 
@@ -359,8 +351,8 @@ class GPT(nn.Module):
                 if idx.size(1) <= block_size:
                     x = self.hidden(idx[:, caches[0].n_tokens :], caches=caches)  # (B, new, C)
                 else:
-                    # The window slides. Now every token has another position, and therefore other
-                    # keys and values in each step, so the caches are of no further use.
+                    # From here on the window moves on by one token in each step. Then every token
+                    # has another position, so its old keys and values are no longer right.
                     x = self.hidden(idx[:, -block_size:])  # (B, block_size, C)
                 logits = self.lm_head(x[:, -1])[:, :n_vocab].float()  # (B, n_vocab)
                 token = sample(logits, **settings)  # (B, 1)
@@ -390,7 +382,8 @@ class KVCache:
     """The keys and values of the tokens that a block has read.
 
     A token never sees a later one, so its own keys and values never change. While a text is written
-    token by token, the block keeps them and computes only those of the newest token.
+    token by token, the block keeps them and computes only those of the newest token. Old queries
+    are not kept, because only their own tokens needed them.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -401,7 +394,7 @@ class KVCache:
         """Take the keys and values of new tokens, (B, nh, T, hs) each. Returns those of all so far.
 
         Call it with the whole prompt first, and then with one token at a time. Several new tokens
-        after cached ones are refused with ValueError: `attention` makes only square masks.
+        after cached ones would need a mask that begins in the middle. ValueError refuses them.
         """
         B, nh, T, hs = k.size()
         start, end = self.n_tokens, self.n_tokens + T
@@ -438,7 +431,7 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
     p = (logits / temperature).softmax(dim=1)
     if top_p is not None:
         p = p.masked_fill(p.cumsum(dim=1) - p >= top_p, 0.0)
-    choice = torch.multinomial(p, 1, generator=generator)  # (B, 1); divides p by its sum
+    choice = torch.multinomial(p, 1, generator=generator)  # (B, 1); it divides p by the sum of p
     return ids.gather(1, choice)
 
 
@@ -455,7 +448,8 @@ def configure_optimizers(model: GPT, cfg: TrainConfig, dtype: torch.dtype = torc
         m ← 0.9·m + 0.1·g        v ← 0.95·v + 0.05·g²        weight ← weight - lr·m / (√v + 1e-8)
 
     (Both start at 0, which AdamW corrects for in its first steps.) m / √v is between -1 and 1 or
-    near that, whatever the size of the gradients. So each weight takes steps of about the size lr.
+    near that, whatever the size of the gradients. So a step has at most about the size lr. It is
+    smaller where the gradients of different batches disagree.
 
     Weight decay multiplies a weight by 1 - lr·weight_decay in each step, which keeps matrices from
     growing without end. The vectors (biases, and weights of LayerNorms) do not decay: they are few,
@@ -513,17 +507,16 @@ class DataLoaderLite:
     the windows in each: perhaps windows 1, 0 of shard 1, then windows 2, 0, 1 of shard 0.
     Validation reads all in order.
 
-    Several processes, the workers, can train together. Each has a rank: 0, 1, 2, … Batch i takes
-    the next B windows for rank 0, the B after them for rank 1, and so on. The order follows from
-    the seed alone. So no worker has to ask which windows are its own, and a run that was stopped
-    finds its place in the data by its step number.
+    The order follows from the seed alone. So a run that was stopped finds its place in the data by
+    its step number. Several processes, the workers, can train together. Each has a rank: 0, 1, 2, …
+    A worker knows from its rank which windows of a step are its own, and has to ask no other.
     """
 
     def __init__(self, data_dir: str | Path, split: str, B: int, T: int, rank: int = 0,
                  world_size: int = 1, seed: int = 1337, n_vocab: int = 2**16):  # fmt: skip
         self.B, self.T = B, T
         self.rank, self.world_size = rank, world_size
-        self.seed, self.n_vocab, self.shuffled = seed, n_vocab, split == "train"
+        self.seed, self.n_vocab, self.is_train = seed, n_vocab, split == "train"
         self.paths = find_shards(data_dir, split)
         self.open_shard = functools.lru_cache(maxsize=64)(open_shard)  # a system limits open files
         self.counts = [max(0, len(self.open_shard(path)) - 1) // T for path in self.paths]
@@ -532,17 +525,18 @@ class DataLoaderLite:
         require(self.n_windows > 0, no_window)
 
     def order(self, n: int, *key: int) -> Sequence[int]:
-        """The numbers 0 … n-1, shuffled in a way that follows from seed and key, or in order."""
-        return shuffled(n, self.seed, *key) if self.shuffled else range(n)
+        """The numbers 0 … n-1. For training, seed and key shuffle them, always in the same way."""
+        return shuffled(n, self.seed, *key) if self.is_train else range(n)
 
     def window(self, i: int) -> np.ndarray:
-        """The T + 1 tokens of window i. The numbers run on from epoch to epoch."""
+        """The T + 1 tokens of window i. The next epoch goes on counting where one has ended."""
         epoch, i = divmod(i, self.n_windows)
         for shard in self.order(len(self.paths), epoch):
             if i < self.counts[shard]:  # it is in this shard
                 break
             i -= self.counts[shard]
-        i = self.order(self.counts[shard], epoch, shard + 1)[i]  # + 1: 0 would be the key above
+        # + 1, because for NumPy the seeds (a, b) and (a, b, 0) are the same.
+        i = self.order(self.counts[shard], epoch, shard + 1)[i]
         path = self.paths[shard]
         tokens = self.open_shard(path)[i * self.T : (i + 1) * self.T + 1]
         largest = int(tokens.max())
@@ -556,7 +550,10 @@ class DataLoaderLite:
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def batch(self, i: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of this worker's batch i: int64, (B, T) each."""
+        """Inputs and targets of this worker's batch i: int64, (B, T) each.
+
+        Batch i takes the next B windows for rank 0, the B after them for rank 1, and so on.
+        """
         first = (i * self.world_size + self.rank) * self.B
         return self.windows(range(first, first + self.B))
 
@@ -569,7 +566,10 @@ class DataLoaderLite:
 
 def accumulate_gradients(net: nn.Module, loader: DataLoaderLite, windows: range, micro_steps: int,
                          scaler: torch.amp.GradScaler, worker: Worker) -> Tensor:  # fmt: skip
-    """Add the gradients of a step's windows to those of the weights. Returns their mean loss, ().
+    """Run a step's windows forward and backward. Their gradients add up in each weight's .grad.
+
+    Returns the mean loss, (). net: the model, perhaps compiled, and perhaps wrapped so that the
+    workers average their gradients. scaler: see `train`; only fp16 needs it.
 
     A step of GPT-2 124M has 2^19 tokens (GPT-3, table 2.1), because the mean of many gradients is a
     reliable direction. They do not fit into memory at once. So the windows of a step are divided
@@ -584,10 +584,9 @@ def accumulate_gradients(net: nn.Module, loader: DataLoaderLite, windows: range,
         # time, and once per step is enough. So it is switched on for the last micro-step only.
         net.require_backward_grad_sync = i == micro_steps
         with worker.autocast():  # matrix products in bf16, if the device is fast at it
-            # backward() adds its gradients to those that are there. Each loss is a mean over one
-            # batch. Multiplied by the batch's share of the worker's windows (1 / micro_steps, if
-            # they divide evenly), the losses add up to the mean over all of them, and the gradients
-            # to those of one large batch.
+            # net gives the mean loss of this batch, and backward() adds its gradients to those that
+            # are there. Their sum has to be the gradient of the mean over all windows. So each loss
+            # counts by its batch's share of the windows: 1 / micro_steps, if all are of one size.
             loss = net(x, y) * (len(batch) * worker.world_size / len(windows))
         scaler.scale(loss).backward()
         total += loss.detach()
@@ -600,9 +599,9 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
 
     worker: this process. By default the process is alone, on the CPU and in fp32. resume: go on
     from the newest checkpoint in cfg.log_dir, if there is one. signals: when a signal handler
-    appends to this list, the loop finishes its step, saves a checkpoint and returns that number.
-    After the last step it returns 0. Errors: ValueError; OSError; FloatingPointError if the loss or
-    the gradient is not finite.
+    appends to this list, the loop finishes its step, saves a checkpoint and returns the signal's
+    number. After the last step it returns 0. Errors: ValueError; OSError; FloatingPointError if the
+    loss or the gradient is not finite.
     """
     worker = worker or Worker()
     tokenizer = load_tokenizer(cfg.data_dir)
@@ -627,7 +626,6 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
     signum = 0
     for step in range(first_step, cfg.max_steps + 1):  # the last round only evaluates and saves
         finished = step == cfg.max_steps
-        # An evaluation comes before the first step, at regular steps, and after the last one.
         if (step % cfg.eval_every == 0 or finished) and not signum:
             run.evaluate(step)
         if step > first_step and (step % cfg.checkpoint_every == 0 or finished or signum):
@@ -652,8 +650,8 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
         if norm > cfg.grad_clip > 0:
             nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
 
-        # 3. Let all workers agree. Each tells its loss, and whether it was signalled to stop (0 if
-        # not). After this line all workers have the numbers of all, and so act alike.
+        # 3. Let all workers agree. Each tells its loss, and the signal that told it to stop (0 if
+        # none did). After this line every worker knows this of all others, so all decide alike.
         losses, numbers = worker.gather(loss.item(), signals[0] if signals else 0).unbind(dim=1)
         signum = int(numbers.max())
         # A loss or gradient that is not finite would spoil every weight, so it ends the run. Only
@@ -665,7 +663,7 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if not skip:  # all optimizers or none; scaler.step() would decide for each by itself
+            if not skip:  # scaler.step() would decide this for each optimizer by itself
                 optimizer.step()
             optimizer.zero_grad()
         scaler.update()
@@ -679,10 +677,11 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
 
 
 # ==============================================================================================
-# Part II: a run. GPT-2 is complete at this point: the functions that it borrows from below only do
-# what their names say. What follows makes a training run convenient, fast and safe: its options,
-# files, workers and devices, evaluation, checkpoints and log, weights from and for other programs,
-# short cuts for a CPU, the optimizer Muon, and the command line, which at its end calls train().
+# Part II: a run. GPT-2 is complete at this point. The functions that it borrows from below only do
+# what was said where they are called. What follows makes a training run convenient, fast and safe:
+# its options, files, workers and devices, evaluation, checkpoints and log, weights from and for
+# other programs, short cuts for a CPU, the optimizer Muon, and the command line, which at its end
+# calls train().
 # ==============================================================================================
 
 # ------------------------------------------------------------------------------------ Options
@@ -728,7 +727,7 @@ def check_values(config: GPTConfig | TrainConfig | SampleConfig) -> None:
 class TrainConfig:
     """A training run. The default is the reproduction of GPT-2 124M on FineWeb-Edu."""
 
-    # The comment above a field is also the help of its flag.
+    # `parse` reads this file, and takes the comment above a field as the help of its flag.
 
     # The folder of the token shards. fineweb.py makes it.
     data_dir: str = "edu_fineweb10B"
@@ -794,7 +793,7 @@ class SampleConfig:
     temperature: float = 1.0
     # Only this many of the likeliest tokens may be drawn.
     top_k: int = 50
-    # Only the likeliest tokens may be drawn that together have this probability.
+    # Only the smallest set of likeliest tokens that together have this probability may be drawn.
     top_p: float = 1.0
     # A sample ends before this text. By default it ends with the document.
     stop: str = ""
@@ -962,8 +961,20 @@ class Worker:
         return 2 * n**3 / min(seconds)
 
 
+def flops_per_token(model: GPT, T: int) -> int:
+    """FLOPs of training per token, in sequences of T tokens (arXiv:2204.02311, appendix B).
+
+    A weight costs 2 FLOPs per token forward (a multiplication and an addition) and 4 backward, 6 in
+    all. wpe is left out, because its rows are only looked up. wte counts, because as lm_head it
+    multiplies. In each block, the scores and the weighted sums cost 2·C·T each forward and twice
+    that backward, 12·C·T in all.
+    """
+    c = model.config
+    return 6 * (model.num_params() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
+
+
 def cpu_features() -> dict[str, Any]:
-    """What the CPU has, and its name. PyTorch 2.9 cannot tell."""
+    """What the CPU has, and its name. PyTorch 2.9 lacks this function, and knows nothing."""
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
@@ -1030,9 +1041,10 @@ def split_range(numbers: range, n: int) -> list[range]:
 def divide_step(cfg: TrainConfig, T: int, worker: Worker) -> tuple[int, int]:
     """The most windows of a micro-step (B), and the micro-steps of a step, for each worker.
 
-    B is at most micro_batch_size, unless a micro-step would then be empty: 2 workers that share 3
-    windows take 1 and 2, whatever it is. On a CPU a micro-step has at most 8,192 tokens, because
-    more are no faster there. Errors: ValueError if a step cannot be divided into windows.
+    B is at most micro_batch_size. The exception is a step with fewer windows than micro-steps: 2
+    workers that share 3 windows take 1 and 2, even if at most 1 is asked. On a CPU a micro-step has
+    at most 8,192 tokens, because more are no faster there. Errors: ValueError if a step cannot be
+    divided into windows.
     """
     windows, rest = divmod(cfg.total_batch_size, T)
     nearest = max(1, round(cfg.total_batch_size / T)) * T
@@ -1065,8 +1077,8 @@ def first_pass_fits(net: nn.Module, B: int, T: int, worker: Worker) -> bool:
 def prepare_net(model: GPT, cfg: TrainConfig, T: int, worker: Worker) -> tuple[nn.Module, int, int]:
     """The model, compiled and distributed if it should be; B and micro-steps as in divide_step.
 
-    Compilation and CUDA have their first pass here. So no step's time includes it, and B is halved
-    until memory suffices. Errors: ValueError.
+    The first pass, in which compiling happens, is made here for CUDA and for compiled models. So no
+    step's time includes it, and B can be halved until memory suffices. Errors: ValueError.
     """
     limit = model.config.block_size
     require(T <= limit, f"seq_len={T} is more than block_size={limit}")
@@ -1165,8 +1177,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def only_warn(*errors: type[Exception]) -> Iterator[None]:
-    """Print these errors as warnings, and go on. The same holds for files that cannot be written,
-    on a full disk for instance, and for modules that are missing and not essential."""
+    """Print these errors as warnings, and go on. Always among them are files that cannot be
+    written, on a full disk for instance, and modules that are missing and not essential."""
     try:
         yield
     except (OSError, ModuleNotFoundError, *errors) as e:
@@ -1192,8 +1204,8 @@ def save_checkpoint(log_dir: Path, keep_every: int, step: int, **state: Any) -> 
 
 
 def build(config: GPTConfig, tensors: dict[str, Tensor]) -> GPT:
-    """The model of this shape that consists of these tensors. Errors: RuntimeError if they are
-    others than those of its state_dict()."""
+    """The model of this shape that consists of these tensors. Errors: RuntimeError if their names
+    or shapes do not fit."""
     with torch.device("meta"):  # shapes without numbers: this takes no memory
         model = GPT(config)
     model.load_state_dict(tensors, assign=True)
@@ -1209,6 +1221,8 @@ def load_checkpoint(path: str | Path) -> tuple[GPT, dict[str, Any]]:
     directory. There a flipped bit may mark a record as compressed, or as a folder, which torch
     would read as nothing. So such marks are refused.
     """
+    import zipfile
+
     try:
         with zipfile.ZipFile(path) as archive:
             marked = any(r.external_attr or r.compress_type for r in archive.infolist())
@@ -1384,6 +1398,8 @@ class Run:
     def start_log(self, start: int) -> None:
         """Print and log what this run is. Drop the records of steps that will be computed again,
         and the files that a kill left half written."""
+        import hashlib
+
         cfg, worker, self.start = self.cfg, self.worker, start
         self.limit = worker.matmul_flops()
         tokens, threads = cfg.total_batch_size * cfg.max_steps, torch.get_num_threads()
@@ -1430,7 +1446,7 @@ class Run:
         per_step = self.seconds / (step - self.start + 1)
         left = per_step * (self.cfg.max_steps - step - 1)
         tok_per_s = self.cfg.total_batch_size / seconds  # of all workers together
-        flops = tok_per_s / self.worker.world_size * self.model.flops_per_token(self.loader.T)
+        flops = tok_per_s / self.worker.world_size * flops_per_token(self.model, self.loader.T)
         self.log(
             step=step, loss=loss, lr=lr, ms=seconds * 1e3, grad_norm=norm, tok_per_s=tok_per_s,
             utilisation=flops / self.limit, minutes_left=left / 60,
@@ -1640,6 +1656,7 @@ def inference(model: GPT, rows: int = 1) -> Iterator[None]:
     """
     was_training = model.training
     with torch.no_grad():
+        model.eval()
         layers = pack_linears(model, rows)
         try:
             yield
@@ -1650,10 +1667,9 @@ def inference(model: GPT, rows: int = 1) -> Iterator[None]:
 
 
 def pack_linears(model: GPT, rows: int) -> list[nn.Linear]:
-    """Switch dropout off, and give the Linear layers packed weights, if they are on a CPU → those
-    that got them. The functions are private ones of PyTorch. Where one is missing or does not work,
-    the layers stay as they are."""
-    model.eval()
+    """Give the Linear layers packed weights, if this pays on their device → those that got them.
+    The functions are private ones of PyTorch. Where one is missing or does not work, the layers
+    stay as they are."""
     packed: list[nn.Linear] = []
     on_cpu = model.lm_head.weight.device.type == "cpu"
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
@@ -1678,6 +1694,8 @@ def keep_freed_memory() -> None:
     The kernel would hand it out again page by page in every step. A 124M step on two cores takes
     1.5 times as long without this.
     """
+    import ctypes
+
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
@@ -1694,15 +1712,16 @@ def orthogonalize(g: Tensor) -> Tensor:
 
     This is a Newton-Schulz iteration (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
     Divided by its norm, g has no singular value above 1. aX + bXXᵀX + c(XXᵀ)²X raises the small
-    ones, and five rounds bring most of them between 0.7 and 1.2. The numbers a, b and c, below, are
-    chosen to get there fast.
+    ones, and five rounds bring most of them between 0.7 and 1.2. The numbers a, b and c are chosen
+    to get there fast.
     """
+    a, b, c = 3.4445, -4.7750, 2.0315
     x = g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x  # x·xᵀ is then the smaller of the two products
     for _ in range(5):
         s = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
+        x = a * x + (b * s + c * s @ s) @ x
     return x.mT if tall else x
 
 
@@ -1730,7 +1749,7 @@ class Muon(torch.optim.Optimizer):
             average.lerp_(grad, 1 - momentum)
             update = grad.lerp(average, momentum).to(self.dtype)  # Nesterov: looks one step ahead
             rows, columns = grad.shape[1:]
-            if rows == 3 * columns:  # c_attn is three matrices; as one it costs 0.025 bits per byte
+            if rows == 3 * columns:  # c_attn is three matrices; as one it is 0.025 bits/byte worse
                 rows = columns
             update = orthogonalize(update.view(-1, rows, columns)).reshape(grad.shape)
             for p, u in zip(params, update, strict=True):
@@ -1877,7 +1896,7 @@ def collect_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def run(flags: dict[str, Any]) -> int:
+def execute(flags: dict[str, Any]) -> int:
     """Do what the flags say → 0, or the number of the signal that ended it."""
     if "generate" in flags:
         print_samples(flags)
@@ -1926,7 +1945,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with suppress(AttributeError):  # Jupyter's output cannot do this, and need not
         sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that lacks a character
     try:
-        signum = run(parse(argv))
+        signum = execute(parse(argv))
         return 128 + signum if signum else 0
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
