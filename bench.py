@@ -1,8 +1,9 @@
 """How fast this GPT-2 is beside two others, and whether it computes what transformers computes.
 
-    python bench.py                    every section of the table but `long`
+    python bench.py                    every section of the table but the longest two
     python bench.py step generate      only these sections
-    python bench.py --long             every section; `long` is AdamW against Muon
+    python bench.py --long             every section, with the two that take about an hour each:
+                                       `long` (AdamW against Muon), `budget` (what time buys)
     python bench.py > bench.md         the table goes to the file, the rest to stderr
     python bench.py diff gpt2          the same weights in both programs, number by number
     python bench.py diff log/quick     … with the best model of a run, or with any folder
@@ -351,7 +352,7 @@ def training(
     step = make_step(kind, worker, data, config, cfg, compiled)
     tokens = steps * cfg.micro_batch_size * cfg.seq_len
     with torch.device("meta"):
-        flops = GPT(config).flops_per_token(cfg.seq_len) * tokens
+        flops = train_gpt2.flops_per_token(GPT(config), cfg.seq_len) * tokens
     first = seconds(step) if warm_up else 0.0
     while True:
         took = seconds(lambda: [step() for _ in range(steps)])
@@ -690,12 +691,59 @@ def bench_long(worker: Worker, data: Path) -> None:
         print_row(f"to loss {target:.3f}, {name}", f"{steps} steps, {took} s, to {loss}")
 
 
+BUDGETS = {  # flags that change the quick recipe
+    "a quarter of the steps": dict(max_steps=250),
+    "the quick recipe": dict(),
+    "4 times the steps": dict(max_steps=4000),
+    "half the width": dict(n_embd=64, n_head=1),
+    "twice the width": dict(n_embd=256, n_head=4),
+}
+
+
+def learning_curve(log: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Seconds of training, and bits per byte, at each evaluation of a run but that of step 0."""
+    per_step = statistics.median(record["ms"] for record in log if "ms" in record) / 1e3
+    evaluations = [record for record in log if "val_loss" in record]
+    return [(r["step"] * per_step, r["bits_per_byte"]) for r in evaluations[1:]]
+
+
+def draw_budget(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
+    """Bits per byte against seconds, a line for each run, with its name where it ends."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained", dpi=160)
+    axes = figure.subplots()
+    axes.set(xlabel="seconds of training", ylabel="bits per byte (validation)", xscale="log")
+    axes.set_title("What another minute buys: the quick recipe, longer and wider")
+    colors = ("#56b4e9", "#000000", "#0072b2", "#e69f00", "#d55e00")
+    for (name, points), color in zip(curves.items(), colors, strict=True):
+        axes.plot(*zip(*points, strict=True), color=color)
+        axes.plot(*points[-1], "o", color=color)
+        axes.annotate(f" {name}: {points[-1][1]:.3f}", points[-1], color=color, va="center")
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, 6 * high)  # room for the names
+    ticks = [t for t in (3, 10, 30, 60, 120, 300, 600, 1200, 3600) if low < t < 2 * high]
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def bench_budget(worker: Worker, data: Path) -> None:
+    """Longer runs and wider models. The picture goes to assets/budget.png."""
+    curves = {name: learning_curve(run_quick(data, **flags)) for name, flags in BUDGETS.items()}
+    for name, points in curves.items():
+        took, bits = points[-1]
+        print_row(f"{name}: bits per byte", f"{bits:.3f} after {took:.0f} s")
+    draw_budget(curves, HERE / "assets" / "budget.png")
+
+
 # ------------------------------------------------------------------------------ Command line
 
 SECTIONS = dict(
     step=bench_step, memory=bench_memory, generate=bench_generate, hellaswag=bench_hellaswag,
     shards=bench_shards, quick=bench_quick, growth=bench_growth, costs=bench_costs,
-    long=bench_long,
+    long=bench_long, budget=bench_budget,
 )  # fmt: skip
 
 
@@ -742,7 +790,7 @@ def run(argv: Sequence[str] | None) -> int:
         is_one = args.names[0] == "diff" and len(args.names) == 2 and not args.long
         train_gpt2.require(is_one, "diff takes the name of one model: python bench.py diff gpt2")
         return 0 if print_diff(args.names[1]) else 1
-    names = args.names or [name for name in SECTIONS if args.long or name != "long"]
+    names = args.names or [name for name in SECTIONS if args.long or name not in ("long", "budget")]
     unknown = [name for name in names if name not in SECTIONS]
     train_gpt2.require(
         not unknown, f"no section {', '.join(unknown)}; there are {known}, and diff MODEL"

@@ -30,7 +30,7 @@ def data(sandbox, data_dir):
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny(monkeypatch, sandbox):
     """All sections within seconds: small shapes, contenders in this process, no training runs."""
     small = dict(CONFIG=CONFIG, STEP=(2, 16), BIG_STEP=(2, 32), NEW_TOKENS=8, STRIDE=4, EXAMPLES=3)
     for name, value in small.items():
@@ -47,10 +47,13 @@ def tiny(monkeypatch):
     def run_quick(data, processes=1, optimizer="muon", max_lr=1e-2, seed=1, **flags):
         speed = max_lr * seed if optimizer == "adamw" else 2e-2
         steps = [dict(step=i, ms=100.0, tok_per_s=1000.0 + i) for i in range(20)]
-        return steps + [dict(step=i, val_loss=8 - speed * i) for i in range(0, 21, 5)]
+        losses = {i: 8 - speed * i for i in range(0, 21, 5)}
+        return steps + [dict(step=i, val_loss=v, bits_per_byte=v / 2) for i, v in losses.items()]
 
     monkeypatch.setattr(bench, "race", race)
     monkeypatch.setattr(bench, "run_quick", run_quick)
+    monkeypatch.setattr(bench, "HERE", sandbox)
+    (sandbox / "assets").mkdir()
 
 
 def test_all_three_kinds_have_the_same_loss(data):
@@ -123,7 +126,8 @@ def test_contenders_take_turns_in_processes_of_their_own():
 
 
 @pytest.mark.parametrize(
-    "name", ["step", "memory", "generate", "hellaswag", "quick", "growth", "costs", "long"]
+    "name",
+    ["step", "memory", "generate", "hellaswag", "quick", "growth", "costs", "long", "budget"],
 )
 def test_a_section_fills_rows_of_the_table(name, data, tiny, capsys):
     getattr(bench, f"bench_{name}")(WORKER, data)
@@ -210,6 +214,19 @@ def test_the_long_section_takes_adamws_best_rate_and_a_loss_that_it_reached(data
     assert muon.split(" | ")[1].startswith("5 ± 0 steps, 0.5 ± 0 s")
 
 
+def test_a_learning_curve_takes_the_usual_time_of_a_step_for_all_steps():
+    """One step that something else held up does not make a run look slow."""
+    steps = [dict(step=i, ms=ms) for i, ms in enumerate([100.0, 90.0, 9000.0, 110.0])]
+    evaluations = [dict(step=i, val_loss=9 - i, bits_per_byte=5 - i) for i in (0, 2, 4)]
+    assert bench.learning_curve(steps + evaluations) == [(2 * 0.105, 3), (4 * 0.105, 1)]
+
+
+def test_what_time_buys_is_drawn(tmp_path):
+    curves = {name: [(1.0, 3.0), (2.0, 2.0 + i)] for i, name in enumerate(bench.BUDGETS)}
+    bench.draw_budget(curves, tmp_path / "budget.png")
+    assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_two_processes_are_started_by_torchrun(sandbox, monkeypatch):
     ran = []
     monkeypatch.setattr(bench.subprocess, "run", lambda command, **how: ran.append(command))
@@ -240,7 +257,7 @@ def test_a_training_turn_counts_its_tokens_and_not_the_untimed_step(data, monkey
     turn = next(turns)
     assert len(steps) == 1 + 3 and turn["rate"] == 3 * 4 * 32 / 2.0
     with torch.device("meta"):
-        flops = GPT(CONFIG).flops_per_token(32)
+        flops = train_gpt2.flops_per_token(GPT(CONFIG), 32)
     assert turn["share"] == pytest.approx(flops * turn["rate"] / 1e9)
     next(turns)
     assert len(steps) == 1 + 3 + 1 + 3
@@ -297,12 +314,12 @@ def test_a_section_that_does_not_exist_is_an_error(capsys):
     assert "no section stpe" in capsys.readouterr().err
 
 
-def test_all_sections_but_the_long_one_run_unless_named(monkeypatch):
+def test_all_sections_but_the_two_long_ones_run_unless_named(monkeypatch):
     chosen = []
     monkeypatch.setattr(bench, "print_table", chosen.append)
     assert [bench.main(argv) for argv in ([], ["--long"], ["long", "step"])] == [0, 0, 0]
     usual, every, named = chosen
-    assert named == ["long", "step"] and every == [*usual, "long"] and len(usual) == 8
+    assert named == ["long", "step"] and every == [*usual, "long", "budget"] and len(usual) == 8
 
 
 # ----------------------------------------------------------------------------------- The diff
