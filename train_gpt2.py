@@ -996,19 +996,18 @@ def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
 
     Errors: ValueError if the device is missing or cannot do what is asked.
     """
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    device = next(name for name in there if there[name]) if device == "auto" else device
+    n_cuda, n_mps = torch.cuda.device_count(), int(torch.backends.mps.is_available())
+    n_devices = dict(cuda=n_cuda, mps=n_mps, cpu=2**16)  # a CPU serves any number of workers
+    device = next(name for name, n in n_devices.items() if n) if device == "auto" else device
     by_torchrun = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0) | os.environ
     rank, world_size, local_rank = (
         int(by_torchrun[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     )
-    require(there[device], f"device={device}: PyTorch finds none on this machine")
+    n = n_devices[device]
+    too_few = f"device={device}: PyTorch finds {n} on this machine for {local_rank + 1} workers"
+    require(local_rank < n, f"{too_few}: take --device cpu, or a lower --nproc_per_node")
     emulated = device == "cpu" and precision == "fp16"
     require(not emulated, "precision=fp16: a CPU emulates it, very slowly; take bf16 or fp32")
-    alone = f"{world_size} workers cannot train together on mps: take --device cpu"
-    require(world_size == 1 or device != "mps", alone)
-    gpus = torch.cuda.device_count() if device == "cuda" else local_rank + 1
-    require(local_rank < gpus, f"worker {local_rank} has no GPU, of {gpus}: lower --nproc_per_node")
     here = torch.device(device, local_rank if device == "cuda" else None)
     if device == "cuda":
         torch.cuda.set_device(here)
