@@ -669,7 +669,7 @@ def bench_long(worker: Worker, data: Path) -> None:
         """Steps, seconds of training and validation loss, at each evaluation of a run."""
         often = dict(eval_every=25, val_tokens=2**16, checkpoint_every=10**6)
         log = run_quick(data, optimizer=optimizer, max_lr=lr, seed=seed, **often)
-        took = np.cumsum([0.0, *(record["ms"] / 1e3 for record in log if "ms" in record)])
+        took = np.cumsum([0.0, *(record["ms"] / 1e3 for record in log if "ms" in record)]).tolist()
         evaluations = [record for record in log if "val_loss" in record]
         return [(r["step"], took[r["step"]], r["val_loss"]) for r in evaluations]
 

@@ -210,6 +210,94 @@ def write_page(
             temporary.unlink()
 
 
+# ---------------------------------------------------------------------------- GPT-2 as a drawing
+
+STYLE = """
+svg { --paper: #faf8f4; --card: #fff; --ink: #1c1e22; --soft: #5c6270; --line: #b3ada1;
+  --token: #7b3fa0; font: 13px system-ui, sans-serif; }
+@media (prefers-color-scheme: dark) { svg { --paper: #131519; --card: #1b1e24; --ink: #e9e7e2;
+  --soft: #a3a9b5; --line: #5a616d; --token: #cf9ff0; } }
+rect, circle { fill: var(--card); stroke: var(--line); } .paper { fill: var(--paper); }
+path { fill: none; stroke: var(--line); stroke-width: 1.5; }
+.zoom { fill: none; stroke: var(--token); stroke-dasharray: 4 4; }
+.stream { stroke: var(--token); stroke-width: 5; } .add { stroke: var(--token); stroke-width: 2; }
+text { fill: var(--ink); } .soft { fill: var(--soft); } .token { fill: var(--token); }
+.big { font-size: 18px; } .name { font-weight: 600; }
+.number { font: 11.5px ui-monospace, monospace; }
+"""
+
+
+def drawing(config: train_gpt2.GPTConfig) -> str:
+    """GPT-2 of this shape as an SVG. Above is the whole model, from a text to the next token, and
+    below one of its blocks. Each box has the shape of its output and its number of weights.
+
+    The colours follow the settings of the browser that shows it, light or dark.
+    """
+    with torch.device("meta"):  # the shapes alone, without memory
+        model = train_gpt2.GPT(config)
+    count = {name.removeprefix("transformer."): sum(p.numel() for p in module.parameters())
+             for name, module in model.named_modules()}  # fmt: skip
+    L, nh, C, V = config.n_layer, config.n_head, config.n_embd, config.vocab_size
+    x_shape = f"(T, {C})"
+    parts: list[str] = []
+
+    def text(x: float, y: float, words: str, style: str = "", anchor: str = "start") -> None:
+        parts.append(
+            f'<text x="{x:g}" y="{y}" class="{style}" text-anchor="{anchor}">{words}</text>'
+        )
+
+    def line(path: str, style: str = "") -> None:
+        parts.append(f'<path d="{path}" class="{style}"/>')
+
+    def station(x: int, y: int, width: int, name: str, shape: str, weights: str) -> None:
+        parts.append(f'<rect x="{x}" y="{y}" width="{width}" height="70" rx="8"/>')
+        text(x + width / 2, y + 23, name, "name", "middle")
+        text(x + width / 2, y + 42, shape, "number", "middle")
+        text(x + width / 2, y + 60, weights, "number soft", "middle")
+
+    parts.append('<rect width="980" height="456" rx="12" class="paper"/>')
+    text(24, 38, f"GPT-2 with {model.num_params():,} parameters", "big name")
+    text(956, 38, f"T: the tokens of the text, at most {config.block_size:,}", "soft", "end")
+
+    # The whole model, whose stream runs at y = 97.
+    line("M100 97H150M660 97H840")
+    line("M300 97H580", "stream")
+    station(24, 62, 100, "text → ids", "(T,)", "BPE")
+    station(138, 62, 170, "wte[id] + wpe[pos]", x_shape, f"{count['wte']:,} + {count['wpe']:,}")
+    blocks = [f"h.{i}" for i in range(L)] if L < 4 else ["h.0", "h.1", "…", f"h.{L - 1}"]
+    step = 258 // len(blocks)
+    for i, name in enumerate(blocks):
+        station(322 + i * step, 62, step - 12, "", name, "")
+    station(584, 62, 92, "ln_f", x_shape, f"{count['ln_f']:,}")
+    station(690, 62, 124, "lm_head", f"(T, {V})", "is wte again")
+    station(828, 62, 128, "softmax", f"({V},)", "→ the next token")
+
+    # Its first block, whose stream runs at y = 234.
+    line(f"M322 132L24 184M{310 + step} 132L956 184", "zoom")
+    parts.append('<rect x="24" y="184" width="932" height="248" rx="10" class="zoom"/>')
+    text(44, 214, f"Residual stream {x_shape}. Attention and MLP read it, and add to it.", "token")
+    text(936, 214, f"block h.0, one of {L}: {count['h.0']:,} parameters", "name", "end")
+    line("M86 234V320H517V234M626 234V320H874V234")
+    line("M24 234H956", "stream")
+    for x in (517, 874):
+        parts.append(f'<circle cx="{x}" cy="234" r="12" class="add"/>')
+        text(x, 239, "+", "token name", "middle")
+    y, attn, mlp = 285, "h.0.attn", "h.0.mlp"
+    station(44, y, 84, "ln_1", x_shape, f"{count['h.0.ln_1']:,}")
+    station(142, y, 130, "c_attn: q, k, v", f"3 × {x_shape}", f"{count[f'{attn}.c_attn']:,}")
+    station(286, y, 156, f"attention, {nh} heads", f"{nh} × (T, T)", "no parameters")
+    station(456, y, 122, "c_proj", x_shape, f"{count[f'{attn}.c_proj']:,}")
+    station(592, y, 84, "ln_2", x_shape, f"{count['h.0.ln_2']:,}")
+    station(690, y, 124, "c_fc, GELU", f"(T, {4 * C})", f"{count[f'{mlp}.c_fc']:,}")
+    station(828, y, 108, "c_proj", x_shape, f"{count[f'{mlp}.c_proj']:,}")
+    text(44, 384, "Attention: each token gathers from itself and the tokens before it.")
+    text(44, 408, f"softmax(q·kᵀ / √{C // nh} + mask)·v in each head", "number")
+    text(592, 384, "MLP: computes something from each token alone.")
+    text(936, 408, "Each box shows the shape of its output and its weights.", "soft", "end")
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 980 456">'
+    return "\n".join([svg, f"<style>{STYLE}</style>", *parts, "</svg>\n"])
+
+
 def plot_log(records: list[dict[str, Any]], file: BinaryIO) -> None:
     """Draw a run's losses over its steps, and HellaSwag beside them if it was evaluated, as PNG."""
     from matplotlib.figure import Figure

@@ -1057,7 +1057,7 @@ def test_a_checkpoint_that_claims_more_than_it_holds_is_refused(tmp_path):
         with zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed:
             for name in stored.namelist():
                 packed.writestr(name, stored.read(name))
-    assert load_checkpoint(tmp_path / "stored.pt")
+    load_checkpoint(tmp_path / "stored.pt")
     refuse(tmp_path / "packed.pt")
 
 
