@@ -757,7 +757,7 @@ def test_what_cannot_be_scored_is_one_line_and_exit_status_1(checkpoint, site, g
     Path("empty.jsonl").touch()
     for arguments, message in [
         (["--model", "no/such"], "error: no GPT-2 .*'no/such'"),
-        (["--model", "no.pt"], "error: no.pt is no whole checkpoint"),
+        (["--model", "no.pt"], "error: no.pt is damaged"),
         (["--data", bad], "error: bad.jsonl, line 1, is not HellaSwag: no 'activity_label'"),
         (["--data", "empty.jsonl"], "error: empty.jsonl is empty"),
         (["--data", "none.jsonl"], "error: .*No such file.*none.jsonl"),

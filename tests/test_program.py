@@ -811,7 +811,7 @@ def claim(*shape):
 
 BAD_SHARDS = {
     "truncated": (claim(501), ""),
-    "longer than it says": (claim(499), ""),
+    "longer than its header says": (claim(499), ""),
     "claims 2^60 tokens": (claim(2**60), ""),
     "claims a negative size": (claim(-5), ""),
     "an empty file": (Path.touch, ""),

@@ -47,6 +47,7 @@ from train_gpt2 import (
     divide_step,
     evaluate,
     fast_precision,
+    fit_to_corpus,
     flops_per_token,
     get_lr,
     inference,
@@ -1466,6 +1467,32 @@ def test_apples_gpu_is_not_chosen_where_its_products_may_be_wrong(monkeypatch, c
     assert device("quick", **long) == "cpu" and "32,767 terms" in capsys.readouterr().out
 
 
+def test_a_small_corpus_is_read_seven_times_at_most_and_the_weights_decay_faster(data_dir, capsys):
+    shape, cfg = GPTConfig(**TINY), TrainConfig(**RUN, data_dir=str(data_dir), weight_decay=0.1)
+    n = DataLoaderLite(data_dir, "train", 1, 32).n_windows
+    per_epoch = n * 32 / cfg.total_batch_size
+    cases = [(0.5, 1), (2.9, 1), (3.1, 10), (6.9, 10), (7.5, 10), (100, 10)]  # epochs, decay
+    for epochs, decay in cases:
+        asked = dataclasses.replace(cfg, max_steps=round(epochs * per_epoch))
+        fitting = fit_to_corpus(asked, shape, Worker())
+        assert fitting.max_steps == min(asked.max_steps, int(7 * per_epoch))
+        assert fitting.weight_decay == pytest.approx(0.1 * decay)
+        assert ("therefore" in capsys.readouterr().out) == (decay > 1)
+
+
+def test_the_preset_quick_fits_itself_to_a_small_corpus_but_for_what_is_asked(
+    tmp_path, data_dir, monkeypatch
+):
+    found = []
+    monkeypatch.setattr(train_gpt2, "train", lambda model, cfg, *rest: found.append(cfg) or 0)
+    argv = ["--preset=quick", f"--data_dir={data_dir}", "--block_size=32"]
+    for more in ([], ["--max_steps=900", "--weight_decay=0.2"]):
+        assert train_gpt2.main([*argv, f"--log_dir={tmp_path / str(len(more))}", *more]) == 0
+    (fitting, asked) = found
+    assert fitting.max_steps < 1000 and fitting.weight_decay == 1.0
+    assert (asked.max_steps, asked.weight_decay) == (900, 0.2)
+
+
 def test_workers_that_cannot_train_together_are_refused(monkeypatch):
     for name in ("WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, "2")
@@ -1788,6 +1815,17 @@ def test_at_any_time_a_run_has_its_newest_two_checkpoints_and_every_tenth_alone(
 def test_no_micro_step_is_empty():
     cfg = TrainConfig(total_batch_size=3 * 32, micro_batch_size=1)
     assert divide_step(cfg, 32, Worker(world_size=2)) == (2, 1)
+
+
+def test_a_checkpoint_of_an_earlier_version_still_loads_but_is_not_resumed(tmp_path, data_dir):
+    begin(tmp_path / "log", data_dir, max_steps=4)
+    (path,) = list_checkpoints(tmp_path / "log")
+    state = torch.load(path, weights_only=True)
+    del state["best_loss"], state["best_step"]  # which it did not have
+    torch.save(state, path)
+    assert load_checkpoint(path)[0].config == GPTConfig(**TINY)
+    with pytest.raises(ValueError, match="is of an earlier version .* cannot be resumed"):
+        begin(tmp_path / "log", data_dir, max_steps=8, resume=True)
 
 
 def test_a_run_that_is_told_to_stop_does_not_evaluate_before(tmp_path, data_dir):
