@@ -1,7 +1,7 @@
 """HellaSwag: which of four endings continues a text? A test of what a language model has learned.
 
     python hellaswag.py --model gpt2           OpenAI's GPT-2 124M; gpt2-xl and so on
-    python hellaswag.py --model log/gpt2       the newest checkpoint of a run of train_gpt2.py
+    python hellaswag.py --model log/gpt2       the best model of a run of train_gpt2.py
     python hellaswag.py --model my/folder --data my.jsonl      Hugging Face's format, other examples
 
 An example (Zellers et al. 2019, arXiv:1905.07830) is a context and four endings, like this one:

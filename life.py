@@ -218,7 +218,7 @@ svg { --paper: #faf8f4; --card: #fff; --ink: #1c1e22; --soft: #5c6270; --line: #
 @media (prefers-color-scheme: dark) { svg { --paper: #131519; --card: #1b1e24; --ink: #e9e7e2;
   --soft: #a3a9b5; --line: #5a616d; --token: #cf9ff0; } }
 rect, circle { fill: var(--card); stroke: var(--line); } .paper { fill: var(--paper); }
-path { fill: none; stroke: var(--line); stroke-width: 1.5; }
+path { fill: none; stroke: var(--line); stroke-width: 1.5; } .tip { fill: var(--line); }
 .zoom { fill: none; stroke: var(--token); stroke-dasharray: 4 4; }
 .stream { stroke: var(--token); stroke-width: 5; } .add { stroke: var(--token); stroke-width: 2; }
 text { fill: var(--ink); } .soft { fill: var(--soft); } .token { fill: var(--token); }
@@ -261,7 +261,7 @@ def drawing(config: train_gpt2.GPTConfig) -> str:
 
     # The whole model, whose stream runs at y = 97.
     line("M100 97H150M660 97H840")
-    line("M300 97H580", "stream")
+    line("M300 97H584", "stream")
     station(24, 62, 100, "text → ids", "(T,)", "BPE")
     station(138, 62, 170, "wte[id] + wpe[pos]", x_shape, f"{count['wte']:,} + {count['wpe']:,}")
     blocks = [f"h.{i}" for i in range(L)] if L < 4 else ["h.0", "h.1", "…", f"h.{L - 1}"]
@@ -270,7 +270,7 @@ def drawing(config: train_gpt2.GPTConfig) -> str:
         station(322 + i * step, 62, step - 12, "", name, "")
     station(584, 62, 92, "ln_f", x_shape, f"{count['ln_f']:,}")
     station(690, 62, 124, "lm_head", f"(T, {V})", "is wte again")
-    station(828, 62, 128, "softmax", f"({V},)", "→ the next token")
+    station(828, 62, 128, "softmax", f"last: ({V},)", "→ the next token")
 
     # Its first block, whose stream runs at y = 234.
     line(f"M322 132L24 184M{310 + step} 132L956 184", "zoom")
@@ -279,21 +279,24 @@ def drawing(config: train_gpt2.GPTConfig) -> str:
     text(936, 214, f"block h.0, one of {L}: {count['h.0']:,} parameters", "name", "end")
     line("M86 234V320H517V234M626 234V320H874V234")
     line("M24 234H956", "stream")
+    for x in (86, 626):
+        line(f"M{x - 6} 272L{x} 285L{x + 6} 272Z", "tip")
     for x in (517, 874):
+        line(f"M{x - 6} 259L{x} 246L{x + 6} 259Z", "tip")
         parts.append(f'<circle cx="{x}" cy="234" r="12" class="add"/>')
         text(x, 239, "+", "token name", "middle")
     y, attn, mlp = 285, "h.0.attn", "h.0.mlp"
     station(44, y, 84, "ln_1", x_shape, f"{count['h.0.ln_1']:,}")
     station(142, y, 130, "c_attn: q, k, v", f"3 × {x_shape}", f"{count[f'{attn}.c_attn']:,}")
-    station(286, y, 156, f"attention, {nh} heads", f"{nh} × (T, T)", "no parameters")
+    station(286, y, 156, f"attention, {nh} heads", x_shape, "no parameters")
     station(456, y, 122, "c_proj", x_shape, f"{count[f'{attn}.c_proj']:,}")
     station(592, y, 84, "ln_2", x_shape, f"{count['h.0.ln_2']:,}")
     station(690, y, 124, "c_fc, GELU", f"(T, {4 * C})", f"{count[f'{mlp}.c_fc']:,}")
     station(828, y, 108, "c_proj", x_shape, f"{count[f'{mlp}.c_proj']:,}")
     text(44, 384, "Attention: each token gathers from itself and the tokens before it.")
     text(44, 408, f"softmax(q·kᵀ / √{C // nh} + mask)·v in each head", "number")
-    text(592, 384, "MLP: computes something from each token alone.")
-    text(936, 408, "Each box shows the shape of its output and its weights.", "soft", "end")
+    text(592, 384, "MLP: changes each token, without the others.")
+    text(936, 408, "A box has the shape of its output and its number of weights.", "soft", "end")
     svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 980 456">'
     return "\n".join([svg, f"<style>{STYLE}</style>", *parts, "</svg>\n"])
 
@@ -319,10 +322,11 @@ def plot_log(records: list[dict[str, Any]], file: BinaryIO) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; its exit status."""
     parser = argparse.ArgumentParser(
-        description="Write a page on which a token goes through a model."
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="a run's folder, a checkpoint, or a model of Hugging Face's")
-    parser.add_argument("--text", default=TEXT, help="the sentence that the page opens with")
+    known = "The folder of a run, a checkpoint, or the name of a model on Hugging Face's hub."
+    parser.add_argument("model", help=known)
+    parser.add_argument("--text", default=TEXT, help="The sentence that the page opens with.")
     args = parser.parse_args(argv)
     folder = Path(args.model) if Path(args.model).is_dir() else Path(args.model).parent
     path = (folder if folder.is_dir() else Path()) / "life.html"

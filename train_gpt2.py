@@ -101,7 +101,7 @@ class GPTConfig:
     n_head: int = 12
     # The length of a token's vector, in channels. It has to be a multiple of n_head.
     n_embd: int = 768
-    # The share of numbers that dropout sets to 0 during training. The class GPT says what for.
+    # The share of numbers that dropout sets to 0 in training, against learning a text by heart.
     dropout: float = 0.0
     # Whether the Linear and LayerNorm layers add a learned vector, their bias.
     bias: bool = True
@@ -522,7 +522,7 @@ class DataLoaderLite:
         self.counts = [max(0, len(self.open_shard(path)) - 1) // T for path in self.paths]
         self.n_windows = sum(self.counts)
         no_window = f"{data_dir}: no {split} shard has the {T + 1} tokens of one window"
-        require(self.n_windows > 0, no_window)
+        require(self.n_windows > 0, f"{no_window}; take more text, or a lower --seq_len")
 
     def order(self, n: int, *key: int) -> Sequence[int]:
         """The numbers 0 … n-1. For training, seed and key shuffle them, always in the same way."""
@@ -1771,17 +1771,19 @@ class Muon(torch.optim.Optimizer):
 
 def parse(argv: Sequence[str] | None) -> dict[str, Any]:
     """The flags that were given, by name. Each field of the three configs has a flag."""
+    examples, _, _ = __doc__.partition("\n\nRead it from top to bottom")
     parser = argparse.ArgumentParser(
-        description="Train GPT-2, or let it write. The first lines of this file have examples.",
+        description=examples, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, argument_default=argparse.SUPPRESS,
     )  # fmt: skip
     parser.error = lambda message: require(False, f"{message} (--help lists all flags)")
     parser.add_argument("--preset", choices=PRESETS, help=
         "The recipe, which the other flags change. By default it is gpt2 if edu_fineweb10B has"
-        " shards or --init is given, and otherwise quick. The defaults below are those of gpt2."
+        " shards or --init is given, and otherwise quick. Defaults are those of gpt2."
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help=
-        "Go on from the newest checkpoint of the run. If there is none, start at step 0."
+        "Go on from the newest checkpoint in --log_dir, or in the newest log/PRESET folder. Without"
+        " one, start at step 0."
     )  # fmt: skip
     parser.add_argument("--generate", metavar="PROMPT", help=
         "Do not train. Write samples that continue PROMPT, with the model of --init or of the"
@@ -1795,7 +1797,9 @@ def parse(argv: Sequence[str] | None) -> dict[str, Any]:
         for f in fields(config):
             text, kind, choices = texts[f.name], type(f.default), CHOICES.get(f.name)
             if "default" not in text:
-                text += f" (default: {f.default})"
+                quick = [vars(c)[f.name] for c in PRESETS["quick"] if f.name in vars(c)]
+                differs = f", quick: {quick[0]}" if quick and quick[0] != f.default else ""
+                text += f" (default: {f.default}{differs})"
             if kind is bool:
                 kind, choices = {"True": True, "False": False}.get, (True, False)
             group.add_argument(f"--{f.name}", type=kind, choices=choices, help=text)

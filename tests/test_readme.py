@@ -120,7 +120,7 @@ def test_everyday_commands_work_as_written(sandbox, gpt2, capsys):
             assert not e.code and "--help" in argv, e
     out = capsys.readouterr().out
 
-    assert "def " in out and "usage: " in out and "resumed at step 2" in out
+    assert re.search("^def", out, re.MULTILINE) and "usage: " in out and "resumed at step 2" in out
 
 
 def test_the_models_table_is_what_the_code_computes():
