@@ -1884,12 +1884,11 @@ def fit_to_corpus(cfg: TrainConfig, shape: GPTConfig, worker: Worker) -> TrainCo
     n_tokens = T * DataLoaderLite(cfg.data_dir, "train", 1, T).n_windows
     if cfg.max_steps * cfg.total_batch_size <= 3 * n_tokens:
         return cfg
-    fitting = dict(
-        max_steps=min(cfg.max_steps, max(1, 7 * n_tokens // cfg.total_batch_size)),
-        weight_decay=10 * cfg.weight_decay,
-    )
-    worker.print(f"{cfg.data_dir} has only {n_tokens:,} tokens to train on, therefore {fitting}")
-    return replace(cfg, **fitting)
+    steps = min(cfg.max_steps, max(1, 7 * n_tokens // cfg.total_batch_size))
+    decay = 10 * cfg.weight_decay
+    fitting = f"max_steps is {steps} and weight_decay {decay}, unless they are given"
+    worker.print(f"{cfg.data_dir} has only {n_tokens:,} tokens to train on: {fitting}")
+    return replace(cfg, max_steps=steps, weight_decay=decay)
 
 
 def safe_device(cfg: TrainConfig, shape: GPTConfig) -> str:
