@@ -393,9 +393,10 @@ def bars(ax: Axes, labels: Sequence[str], values: Any, color: str, across: bool 
 
 def curves(ax: Axes, lines: dict[str, Any], color: str, x: Any = None, dots: bool = True) -> None:
     """Curves that differ in their line and their markers, with a legend where there are several."""
+    places = None if x is None else torch.as_tensor(x).tolist()
     for style, (label, values) in zip(LINES, lines.items(), strict=False):
         values = torch.as_tensor(values).detach().tolist()
-        ax.plot(range(len(values)) if x is None else x, values, style if dots else style[1:],
+        ax.plot(places or range(len(values)), values, style if dots else style[1:],
                 color=COLORS[color], label=label, ms=4, lw=1.3)  # fmt: skip
     if x is None and len(values) <= 13:
         ax.set_xticks(range(len(values)))
@@ -520,8 +521,8 @@ def draw_samples(shares: dict[str, tuple[Tensor, Tensor]], tokens: list[str]) ->
     for ax, (title, (drawn, expected)) in zip(axes, shares.items(), strict=True):
         bars(ax, tokens, drawn[: len(tokens)], "head")
         dots = dict(color=COLORS["stream"], ms=4)
-        ax.plot(reference[: len(tokens)], "-", lw=1, label="temperature 1", **dots)
-        ax.plot(expected[: len(tokens)], "o", label="expected", **dots)
+        ax.plot(reference[: len(tokens)].tolist(), "-", lw=1, label="temperature 1", **dots)
+        ax.plot(expected[: len(tokens)].tolist(), "o", label="expected", **dots)
         mark(ax, title, "", "share" if ax is axes[0] else "")
     axes[-1].legend(fontsize=8, frameon=False)
     return figure
@@ -533,8 +534,8 @@ def draw_habits(habits: dict[str, list], heads: list[str], even: float) -> Figur
     for k, (what, values) in enumerate(habits.items()):
         places = [place + (k - 1) * 0.27 for place in range(len(heads))]
         style = dict(color=COLORS["attention"], alpha=(1.0, 0.6, 0.3)[k], hatch=("", "//", "..")[k])
-        ax.bar(places, values, 0.27, label=what, edgecolor="white", **style)
-    ax.axhline(even, color=COLORS["stream"], lw=1.3, ls=":")
+        ax.bar(places, torch.stack(values).tolist(), 0.27, label=what, edgecolor="white", **style)
+    ax.axhline(float(even), color=COLORS["stream"], lw=1.3, ls=":")
     names(ax, columns=heads)
     mark(ax, "What each head attends to", "block.head", "mean weight")
     ax.legend(ncol=3, fontsize=8, frameon=False)
@@ -816,7 +817,7 @@ def stream(model: train_gpt2.GPT, idx: Tensor) -> list[Tensor]:
 def signals(block: type) -> tuple[list[float], list[float]]:
     """Of a fresh model of twelve such blocks: the norm of the loss's gradient at each block, and
     the mean cosine between its tokens after each block."""
-    config = train_gpt2.GPTConfig(64, 512, n_layer=12, n_head=6, n_embd=96)
+    config = train_gpt2.GPTConfig(64, 512, n_layer=12, n_head=6, n_embd=192)
     torch.manual_seed(1337)
     with patch.object(train_gpt2, "Block", block):
         model = train_gpt2.GPT(config).double()  # so that tiny numbers do not become 0
