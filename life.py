@@ -293,7 +293,7 @@ def say(text: str) -> None:
 
 def table(header: str, rows: list[tuple]) -> None:
     """Show rows as a table. header: the names of the columns, separated by ` | `."""
-    lines = [header, "|".join("---" for _ in header.split(" | "))]
+    lines = [header, " | ".join("---" for _ in header.split(" | "))]
     lines += [" | ".join(str(cell).replace("|", "\\|") for cell in row) for row in rows]
     say("\n".join(f"| {line} |" for line in lines))
 
@@ -743,8 +743,9 @@ class Look:
         figure, (ax,) = panels(width=7.0)
         bars(ax, self.tokens(best), p, "head", across=True)
         mark(ax, "The ten likeliest next tokens", "probability")
-        picture(figure, f"After the text, the model expects {self.tokens(best[:1])[0]} with "
-                        f"probability {p[0]:.2f}. The ten sum to {p.sum():.2f}.")  # fmt: skip
+        guess = self.tokens(best[:1])[0]
+        picture(figure, f"After the text, the model expects {guess}, with a probability of "
+                        f"{p[0]:.2f}. Together, the ten have {p.sum():.2f}.")  # fmt: skip
 
     def page(self, text: str) -> None:
         """Show the page of this model in a frame. A viewer without frames shows its name alone."""

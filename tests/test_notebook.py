@@ -180,6 +180,13 @@ def positions_in_the_model_without(space, patch):
 
 def plain_stack_with_residuals(space, patch):
     patch.setattr(life, "Bare", train_gpt2.Block)
+    patch.setattr(life, "NoResidual", train_gpt2.Block)
+
+
+def positions_without_end(space, patch):
+    wpe = space["model"].transformer.wpe
+    patch.setattr(train_gpt2, "require", lambda *args: None)
+    patch.setattr(wpe, "forward", lambda pos: wpe.weight[pos % len(wpe.weight)])
 
 
 def always_the_least_likely(space, patch):
@@ -319,7 +326,8 @@ FAULTS = {  # a break of the notebook's own, or a function; and a phrase of each
     "exact GELU": ("def gelu(x):",),
     "no residual": ('total = t["wte"]',),
     "untied head": ('wte @ t["ln_f"]', "as_wte, as_head"),
-    "no positions": ('life.draw_lift(wpe',),
+    "no positions": ("life.draw_lift(wpe",),
+    positions_without_end: ("life.draw_lift(wpe",),
     tokenizer_of_capitals: ("strange =", "rows in wte", "spelled = tokenizer.encode_ordinary"),
     cut_at_spaces_only: ("word_by_word",),
     no_merge: ("life.train_tokenizer(", "stages = life.merge_stages"),
@@ -365,7 +373,9 @@ class Noting(ast.NodeTransformer):
 
 
 def asserts(source: str) -> set[str]:
-    return {ast.unparse(n.test) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Assert)}
+    nodes = list(ast.walk(ast.parse(source)))
+    raised = {n.exc.args[0].value for n in nodes if isinstance(n, ast.Raise)}
+    return raised | {ast.unparse(n.test) for n in nodes if isinstance(n, ast.Assert)}
 
 
 def failed(source: str, space: dict) -> set[str]:
@@ -381,8 +391,12 @@ def failed(source: str, space: dict) -> set[str]:
             found.add(text)
 
     tree = ast.fix_missing_locations(Noting().visit(ast.parse(source)))
-    with contextlib.suppress(Exception):  # a broken model may break a cell after its assert
+    try:
         exec(compile(tree, "cell", "exec"), space | dict(noted=noted))
+    except AssertionError as e:
+        found.add(str(e))
+    except Exception:  # a broken model may break a cell after its assert
+        pass
     return found
 
 
