@@ -21,7 +21,7 @@ from nbclient import NotebookClient
 from torch import nn
 
 import fineweb
-import life
+import play
 import train_gpt2
 
 NOTEBOOK = nbformat.read(ROOT / "play.ipynb", as_version=4)
@@ -151,13 +151,13 @@ def cut_at_spaces_only(space, patch):
 
 
 def no_merge(space, patch):
-    patch.setattr(life, "join_pair", lambda parts, pair: tuple(parts))
-    patch.setattr(life, "merge_stages", lambda tokenizer, word: [[bytes([b]) for b in b"word"]])
+    patch.setattr(play, "join_pair", lambda parts, pair: tuple(parts))
+    patch.setattr(play, "merge_stages", lambda tokenizer, word: [[bytes([b]) for b in b"word"]])
 
 
 def gpt2_tokenizer_of_a_walkthrough(space, patch):
     wrong = SimpleNamespace(encode=lambda text: [2343], decode=lambda ids: "?", n_vocab=50257)
-    patch.setattr(life, "gpt2_tokenizer", lambda: wrong)
+    patch.setattr(play, "gpt2_tokenizer", lambda: wrong)
 
 
 def next_row_of_wte(space, patch):
@@ -175,12 +175,12 @@ def no_mean_taken_off(space, patch):
 
 
 def positions_in_the_model_without(space, patch):
-    patch.setattr(life, "NoPositions", train_gpt2.GPT)
+    patch.setattr(play, "NoPositions", train_gpt2.GPT)
 
 
 def plain_stack_with_residuals(space, patch):
-    patch.setattr(life, "Bare", train_gpt2.Block)
-    patch.setattr(life, "NoResidual", train_gpt2.Block)
+    patch.setattr(play, "Bare", train_gpt2.Block)
+    patch.setattr(play, "NoResidual", train_gpt2.Block)
 
 
 def positions_without_end(space, patch):
@@ -215,9 +215,9 @@ def loss_is_a_sum(space, patch):
 
 
 def mlp_of_2c(space, patch):
-    patch.setattr(train_gpt2, "MLP", life.MLPOf2C)
+    patch.setattr(train_gpt2, "MLP", play.MLPOf2C)
     block = space["model"].transformer.h[0]
-    patch.setitem(block._modules, "mlp", life.MLPOf2C(space["model"].config))
+    patch.setitem(block._modules, "mlp", play.MLPOf2C(space["model"].config))
 
 
 def large_init(space, patch):
@@ -231,7 +231,7 @@ def large_init(space, patch):
 
 
 def unscaled_init_is_scaled(space, patch):
-    patch.setattr(life, "UnscaledInit", train_gpt2.GPT)
+    patch.setattr(play, "UnscaledInit", train_gpt2.GPT)
 
 
 def dropout_halves(space, patch):
@@ -254,7 +254,7 @@ def read_back_at_random(space, patch):
 
 
 def parameters_missing(space, patch):
-    patch.setattr(life, "gradients", lambda model, loss, n: {"wte": torch.zeros(1)})
+    patch.setattr(play, "gradients", lambda model, loss, n: {"wte": torch.zeros(1)})
 
 
 def one_order_for_all_epochs(space, patch):
@@ -315,8 +315,8 @@ def bits_per_token(space, patch):
 
 
 def budget_without_biases(space, patch):
-    budget = life.budget
-    patch.setattr(life, "budget", lambda config: budget(config) | {"LayerNorm": 0})
+    budget = play.budget
+    patch.setattr(play, "budget", lambda config: budget(config) | {"LayerNorm": 0})
 
 
 FAULTS = {  # a break of the notebook's own, or a function; and a phrase of each cell that notices
@@ -326,25 +326,25 @@ FAULTS = {  # a break of the notebook's own, or a function; and a phrase of each
     "exact GELU": ("def gelu(x):",),
     "no residual": ('total = t["wte"]',),
     "untied head": ('wte @ t["ln_f"]', "as_wte, as_head"),
-    "no positions": ("life.draw_lift(wpe",),
-    positions_without_end: ("life.draw_lift(wpe",),
+    "no positions": ("play.draw_lift(wpe",),
+    positions_without_end: ("play.draw_lift(wpe",),
     tokenizer_of_capitals: ("strange =", "rows in wte", "spelled = tokenizer.encode_ordinary"),
     cut_at_spaces_only: ("word_by_word",),
-    no_merge: ("life.train_tokenizer(", "stages = life.merge_stages"),
-    gpt2_tokenizer_of_a_walkthrough: ("life.mistakes",),
+    no_merge: ("play.train_tokenizer(", "stages = play.merge_stages"),
+    gpt2_tokenizer_of_a_walkthrough: ("play.mistakes",),
     next_row_of_wte: ("one_hot =",),
     embeddings_doubled: ('t["wte"] + t["wpe"], t["h.0.in"]',),
     no_mean_taken_off: ("normal * ln.weight",),
-    positions_in_the_model_without: ("life.NoPositions(",),
-    plain_stack_with_residuals: ("life.signals",),
-    always_the_least_likely: ("life.draw_many", "theirs.generate("),
+    positions_in_the_model_without: ("play.NoPositions(",),
+    plain_stack_with_residuals: ("play.signals",),
+    always_the_least_likely: ("play.draw_many", "theirs.generate("),
     cache_of_zeros: ("torch.equal(cached, idx)",),
     never_stops: ("stop=first",),
     loss_is_a_sum: ("growing = torch.stack", "believed_minus_true", "undivided =",
                     "losses[-1] < losses[0]"),
-    mlp_of_2c: ("life.JOURNEY", "totals =", "life.budget(c)", "factor == 4", "FlopCounterMode("),
+    mlp_of_2c: ("play.JOURNEY", "totals =", "play.budget(c)", "factor == 4", "FlopCounterMode("),
     large_init: ("logits.logsumexp(",),
-    unscaled_init_is_scaled: ("life.UnscaledInit",),
+    unscaled_init_is_scaled: ("play.UnscaledInit",),
     dropout_halves: ("noisy =",),
     dropout_never_off: ("noisy =",),
     positions_shuffled: ("assert near > far",),
@@ -360,7 +360,7 @@ FAULTS = {  # a break of the notebook's own, or a function; and a phrase of each
     rate_of_zero: ("rates = [", "pupil ="),
     no_mixed_precision: ("torch.autocast",),
     bits_per_token: ("train_gpt2.evaluate(",),
-    budget_without_biases: ("life.COMPONENTS",),
+    budget_without_biases: ("play.COMPONENTS",),
 }  # fmt: skip
 
 
@@ -409,7 +409,7 @@ def space(running):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in ("say", "table", "picture"):
-            patch.setattr(life, name, lambda *args: None)
+            patch.setattr(play, name, lambda *args: None)
         found = {}
         exec(CODE[0].source, found)
         yield found
@@ -447,11 +447,11 @@ def test_every_assert_of_the_notebook_was_seen_to_fail(heard):
 
 
 def test_every_break_of_the_notebook_is_among_the_faults_and_is_mended(space):
-    assert set(life.BREAKS) <= set(FAULTS)
+    assert set(play.BREAKS) <= set(FAULTS)
     look, model = space["look"], space["model"]
     x, y = look.windows(2)
     before = model(x, y)
-    for fault in life.BREAKS:
+    for fault in play.BREAKS:
         look.break_model(fault)
         assert model(x, y) != before, fault
         look.break_model("nothing")
@@ -474,12 +474,12 @@ def test_every_cell_runs_offline_and_in_any_order_on_a_model_that_it_trained_its
 
 def test_a_model_that_cannot_be_had_is_said_and_the_quick_run_taken(space, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert life.Look("no/such/model").name == "log/quick"
+    assert play.Look("no/such/model").name == "log/quick"
     assert "no/such/model cannot be had here" in capsys.readouterr().out
 
 
 def test_gpt2s_ids_are_shown_where_its_tokenizer_can_be_had(space, gpt2):
-    rows = life.mistakes(space["look"], life.gpt2_tokenizer())
+    rows = play.mistakes(space["look"], play.gpt2_tokenizer())
     assert (
         "“How are you?” is 5299 553 481 30",
         "2437 389 345 30",
@@ -492,8 +492,8 @@ def test_without_gpt2s_tokenizer_a_sentence_says_so(space, monkeypatch, capsys):
         raise OSError("offline")
 
     monkeypatch.setattr(fineweb, "load_tokenizer", offline)
-    assert life.gpt2_tokenizer() is None and "offline" in capsys.readouterr().out
-    assert len(life.mistakes(space["look"], None)) >= 18
+    assert play.gpt2_tokenizer() is None and "offline" in capsys.readouterr().out
+    assert len(play.mistakes(space["look"], None)) >= 18
 
 
 # ------------------------------------------------------------------------ Its outputs and ablations
@@ -517,11 +517,11 @@ def test_committed_outputs_name_no_path_of_a_machine():
 
 def test_ablations_are_recomputed_where_asked_and_each_row_once(space, tmp_path, monkeypatch):
     few = dict(max_steps=2, n_layer=2, val_tokens=2048)
-    monkeypatch.setattr(life, "RECIPE", life.RECIPE | few)
+    monkeypatch.setattr(play, "RECIPE", play.RECIPE | few)
     wanted = [(name, 1337) for name in ("baseline", "untied head", "post-norm")]
-    life.measure(wanted, f"{tmp_path}/rows.json")
+    play.measure(wanted, f"{tmp_path}/rows.json")
     written = (tmp_path / "rows.json").read_bytes()
-    life.measure(wanted, f"{tmp_path}/rows.json")
+    play.measure(wanted, f"{tmp_path}/rows.json")
     assert (tmp_path / "rows.json").read_bytes() == written
     rows = json.loads(written)
     assert [(row["name"], row["seed"]) for row in rows] == wanted
@@ -533,16 +533,16 @@ def test_ablations_are_recomputed_where_asked_and_each_row_once(space, tmp_path,
 def test_ablations_json_has_three_seeds_of_a_variant_and_those_of_the_recipe_as_defined():
     rows = json.loads((ROOT / "assets/ablations.json").read_text())
     found = {(row["name"], row["seed"], row["max_steps"], row["precision"]): row for row in rows}
-    assert len(life.SEEDS) == 3 and len(found) == len(rows)
+    assert len(play.SEEDS) == 3 and len(found) == len(rows)
     kinds = {(name, *how) for name, _, *how in found}
     with torch.device("meta"):  # shapes without numbers
-        params = {k: life.make_variant(v, 0).num_params() for k, v in life.ABLATIONS.items()}
-    assert set(found) == {(name, seed, *how) for name, *how in kinds for seed in life.SEEDS}
-    assert {name for name, *_ in kinds} <= set(life.ABLATIONS)
+        params = {k: play.make_variant(v, 0).num_params() for k, v in play.ABLATIONS.items()}
+    assert set(found) == {(name, seed, *how) for name, *how in kinds for seed in play.SEEDS}
+    assert {name for name, *_ in kinds} <= set(play.ABLATIONS)
     for (name, _, *how), row in found.items():
-        flags = {k: v for k, v in life.ABLATIONS[name].items() if k in life.RECIPE}
-        if how == [life.RECIPE["max_steps"], life.RECIPE["precision"]]:
-            assert row | life.RECIPE | flags == row
+        flags = {k: v for k, v in play.ABLATIONS[name].items() if k in play.RECIPE}
+        if how == [play.RECIPE["max_steps"], play.RECIPE["precision"]]:
+            assert row | play.RECIPE | flags == row
         assert row["params"] == params[name]
         bits = row["bits_per_byte"]
         assert bits is None or (math.isfinite(bits) and 0.5 < bits < 4)
@@ -555,9 +555,9 @@ def test_a_variant_is_held_against_the_baseline_that_was_measured_in_the_same_wa
     keys = ("name", "max_steps", "precision", "bits_per_byte")
     text = json.dumps([dict(zip(keys, row, strict=True)) for row in rows])
     (tmp_path / "rows.json").write_text(text)
-    results = life.read_rows(f"{tmp_path}/rows.json")
-    costs = {name: life.difference(name, results)[0] for name in results}
+    results = play.read_rows(f"{tmp_path}/rows.json")
+    costs = {name: play.difference(name, results)[0] for name in results}
     assert list(costs.values()) == [0.0, 0.5, 1.0, 0.125, 0.0, 0.25]
-    assert life.cost_of("post-norm", results) == "post-norm (400 steps, bf16): +0.250"
-    assert life.verdict("ReLU", results) == "worse"
-    assert life.verdict("baseline", results) == "not told apart"
+    assert play.cost_of("post-norm", results) == "post-norm (400 steps, bf16): +0.250"
+    assert play.verdict("ReLU", results) == "worse"
+    assert play.verdict("baseline", results) == "not told apart"
