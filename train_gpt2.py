@@ -70,7 +70,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -1038,7 +1038,7 @@ def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
 def split_range(numbers: range, n: int) -> list[range]:
     """Split a range into n ranges, whose lengths differ by at most 1."""
     ends = [len(numbers) * i // n for i in range(n + 1)]
-    return [numbers[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    return [numbers[start:end] for start, end in pairwise(ends)]
 
 
 def divide_step(cfg: TrainConfig, T: int, worker: Worker) -> tuple[int, int]:
@@ -1066,11 +1066,15 @@ def is_compiled(cfg: TrainConfig, worker: Worker) -> bool:
 
 
 def first_pass_fits(net: nn.Module, B: int, T: int, worker: Worker) -> bool:
-    """Run forward and backward once on every worker → whether the memory of all sufficed."""
+    """Run forward and backward once on every worker → whether the memory of all sufficed. A step
+    also has the gradients of earlier micro-steps and AdamW's two averages in memory."""
     fits, x = True, torch.zeros(B, T, dtype=torch.int64, device=worker.device)
     try:
+        n = sum(p.numel() for p in net.parameters())
+        others = torch.empty(3, n, device=worker.device)
         with worker.autocast():
             net(x, x).backward()
+        del others
     except torch.OutOfMemoryError:
         fits = False
     net.zero_grad()
@@ -1088,23 +1092,26 @@ def prepare_net(model: GPT, cfg: TrainConfig, T: int, worker: Worker) -> tuple[n
     B, micro_steps = divide_step(cfg, T, worker)
     compiled = is_compiled(cfg, worker)
     net: nn.Module = torch.compile(model) if compiled else model
+    if worker.world_size > 1:
+        # The net is compiled inside of this, in parts. Then the gradients of one part are averaged
+        # while those of the next are computed.
+        net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+    net.require_backward_grad_sync = False  # a worker without memory must not leave others waiting
     try:
         while compiled or worker.device.type == "cuda":
             if first_pass_fits(net, B, T, worker):
                 break
-            require(
-                B > 1, "there is not enough memory for a single sequence: use a lower --seq_len"
-            )
-            cfg = replace(cfg, micro_batch_size=B // 2)
-            worker.print(f"memory is full: {cfg.micro_batch_size} sequences at once from now on")
+            before = B
+            cfg = replace(cfg, micro_batch_size=max(1, B // 2))
             B, micro_steps = divide_step(cfg, T, worker)
+            few = f"there is not enough memory for a batch of {before}: use a lower --seq_len"
+            require(B < before, few)
+            worker.print(f"memory is full: {B} sequences at once from now on")
     except (RuntimeError, ImportError) as e:  # what torch.compile needs is not on every machine
         if not compiled:
             raise
-        reason = str(e).strip().splitlines()[0]
+        reason = (str(e).strip() or repr(e)).splitlines()[0]
         raise ValueError(f"torch.compile cannot run here ({reason}): use --compile off") from e
-    if worker.world_size > 1:
-        net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
     return net, B, micro_steps
 
 
@@ -1352,7 +1359,7 @@ class Run:
                     self.log_dir, 10 * self.cfg.checkpoint_every, step,
                     config=asdict(self.model.config), train_config=asdict(self.cfg),
                     model=self.model.state_dict(), scaler=self.scaler.state_dict(),
-                    best_loss=self.best_loss, best_step=self.best_step,
+                    best_loss=self.best_loss, best_step=self.best_step, best_saved=self.best_saved,
                     optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
                 )  # fmt: skip
 
@@ -1364,7 +1371,7 @@ class Run:
         step = 0
         if found := newest_checkpoint(self.log_dir):
             path, saved, state = found
-            same = saved.config == self.model.config
+            same = replace(saved.config, dropout=self.model.config.dropout) == self.model.config
             require(same, f"{path} has another shape: {saved.config}, not {self.model.config}")
             optimizer = state["train_config"]["optimizer"]
             require(optimizer == self.cfg.optimizer, f"{path} is of a run with {optimizer}")
@@ -1377,9 +1384,10 @@ class Run:
             if state["scaler"]:  # it is empty unless the run was in fp16
                 self.scaler.load_state_dict(state["scaler"])
             old = f"{path} is of an earlier version of this program, which cannot be resumed"
-            require("best_loss" in state, old)
+            require("best_saved" in state, old)
             step = state["step"]
             self.best_loss, self.best_step = state["best_loss"], state["best_step"]
+            self.best_saved = state["best_saved"]
         steps, end = self.worker.gather(step).unique().tolist(), self.cfg.max_steps
         differ = f"{self.log_dir}: the workers found checkpoints of different steps: {steps}"
         require(len(steps) == 1, differ)
@@ -1851,7 +1859,9 @@ def locked(log_dir: str) -> Iterator[None]:
         with FileLock(Path(log_dir, "lock"), timeout=0):
             yield
     except Timeout as e:
-        raise ValueError(f"{log_dir}: another process is writing this run") from e
+        raise ValueError(
+            f"{log_dir}: another process is writing this run (if none is, delete {log_dir}/lock)"
+        ) from e
 
 
 def make_model(flags: dict[str, Any], shape: GPTConfig, cfg: TrainConfig) -> GPT:
@@ -1939,9 +1949,9 @@ def execute(flags: dict[str, Any]) -> int:
     names = [given] if given else [f"log/{preset}", *(f"log/{preset}-{i}" for i in range(2, 1000))]
     runs = [name for name in names if resume and Path(name, "log.jsonl").exists()]
     changes = []
-    if runs and (first := next((r for r in read_log(runs[-1]) if "train_config" in r), None)):
-        # What is not given is as the run was started, and not as in the preset.
-        own = first["config"] | first["train_config"]
+    starts = [r for r in read_log(runs[-1]) if "train_config" in r] if runs else []
+    if starts:  # what is not given is as in the run so far, and not as in the preset
+        own = starts[-1]["config"] | starts[-1]["train_config"]
         shape, cfg = (with_flags(config, own | flags) for config in (shape, cfg))
         changes = [f"{k} was {own[k]!r}, now it is {flags[k]!r}" for k in own.keys() & flags.keys()
                    if own[k] != flags[k] and k != "log_dir"]  # fmt: skip
@@ -1963,7 +1973,7 @@ def execute(flags: dict[str, Any]) -> int:
             worker.gather(0)  # the others wait here
             for split in ("train", "val"):  # an error in these is clearer than one that they cause
                 find_shards(cfg.data_dir, split)
-            if preset == "quick" and not runs:
+            if preset == "quick" and not starts:
                 cfg = with_flags(fit_to_corpus(cfg, shape, worker), flags)
             model = make_model(flags, shape, cfg).to(worker.device)
             with collect_signals() as signals:

@@ -603,6 +603,16 @@ def test_resume_alone_goes_on_with_the_runs_own_arguments(data_dir, capsys):
     assert decays == {0.0, 0.5}
 
 
+def test_what_one_resume_has_changed_stays_so_in_the_next(data_dir, capsys):
+    train_gpt2.main(flags(data_dir=data_dir, max_steps=2, log_dir="log/quick"))
+    train_gpt2.main(["--resume", "--max_steps=3", "--max_lr=0.5"])
+    capsys.readouterr()
+    assert train_gpt2.main(["--resume", "--max_steps=4"]) == 0
+    assert capsys.readouterr().out.count("now it is") == 1
+    facts = [record for record in train_gpt2.read_log("log/quick") if "config" in record][-1]
+    assert facts["train_config"]["max_lr"] == 0.5
+
+
 def test_a_run_that_began_with_other_weights_goes_on_when_these_are_gone(finished, data_dir):
     init = shutil.copytree(finished, "begun_with")
     argv = flags(data_dir=data_dir, shape={}, max_steps=1, init=init, log_dir="log/gpt2")

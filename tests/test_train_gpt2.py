@@ -1424,6 +1424,59 @@ def test_where_memory_is_full_in_the_first_pass_fewer_sequences_are_taken_at_onc
     assert history(tmp_path / "log") == history(whole)
 
 
+def test_three_workers_without_memory_for_one_sequence_do_not_try_for_ever(monkeypatch, capsys):
+    """4 windows are at most one micro-step for the worker with the fewest, and two at once."""
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda net, **how: net)
+    monkeypatch.setattr(train_gpt2, "first_pass_fits", lambda *args: False)
+    cfg = TrainConfig(total_batch_size=4 * 32, micro_batch_size=1, compile="on")
+    with pytest.raises(ValueError, match="not enough memory for a batch of 2"):
+        prepare_net(tiny(), cfg, 32, Worker(world_size=3))
+
+
+def test_the_first_pass_averages_nothing_and_is_made_inside_of_the_distributed_net(monkeypatch):
+    """Compiled outside, a net would be one piece, whose gradients are all averaged at its end."""
+    passes, wrapped = [], []
+
+    class Distributed(nn.Module):
+        def __init__(self, net, **how):
+            super().__init__()
+            self.net = net
+            wrapped.append(self)
+
+        def forward(self, *args):
+            passes.append((self, self.require_backward_grad_sync))
+            return self.net(*args)
+
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Distributed)
+    monkeypatch.setattr(Worker, "gather", lambda worker, *values: torch.tensor([values] * 2))
+    cfg = TrainConfig(total_batch_size=4 * 32, micro_batch_size=2, compile="on")
+    net, B, micro_steps = prepare_net(tiny(), cfg, 32, Worker(world_size=2))
+    assert [net] == wrapped and passes == [(net, False)]
+
+
+def test_a_best_model_that_was_not_written_stays_so_after_resuming(tmp_path, data_dir, monkeypatch):
+    def full(*args):
+        raise OSError("No space left on device")
+
+    once = dict(max_steps=6, min_lr_ratio=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "save_pretrained", full)
+        with pytest.raises(OSError, match="lacks the best model"):
+            begin(tmp_path / "log", data_dir, **once)
+        monkeypatch.setattr(train_gpt2.Run, "evaluate", lambda run, step: None)
+    with pytest.raises(OSError, match="lacks the best model"):
+        begin(tmp_path / "log", data_dir, resume=True, **once)
+
+
+def test_dropout_may_be_another_when_a_run_is_resumed(tmp_path, data_dir):
+    begin(tmp_path / "log", data_dir, max_steps=4)
+    assert begin(tmp_path / "log", data_dir, max_steps=8, shape=dict(dropout=0.1), resume=True) == 0
+    with pytest.raises(ValueError, match="has another shape"):
+        begin(tmp_path / "log", data_dir, max_steps=9, shape=dict(n_layer=1), resume=True)
+
+
 def test_where_torch_compile_cannot_run_one_line_names_the_way_out(tmp_path, data_dir, monkeypatch):
     class Broken(nn.Module):
         def forward(self, *args):
@@ -1616,7 +1669,7 @@ def test_memory_for_one_sequence_is_enough_and_for_none_is_an_error(
         return hidden(self, idx, *args, **how)
 
     monkeypatch.setattr(GPT, "hidden", small)
-    wrong = pytest.raises(ValueError, match="single sequence: use a lower --seq_len")
+    wrong = pytest.raises(ValueError, match="a batch of 1: use a lower --seq_len")
     with contextlib.nullcontext() if room else wrong:
         begin(tmp_path / "log", data_dir, max_steps=1, compile="on")
 
@@ -1821,7 +1874,7 @@ def test_a_checkpoint_of_an_earlier_version_still_loads_but_is_not_resumed(tmp_p
     begin(tmp_path / "log", data_dir, max_steps=4)
     (path,) = list_checkpoints(tmp_path / "log")
     state = torch.load(path, weights_only=True)
-    del state["best_loss"], state["best_step"]  # which it did not have
+    del state["best_loss"], state["best_step"], state["best_saved"]  # which it did not have
     torch.save(state, path)
     assert load_checkpoint(path)[0].config == GPTConfig(**TINY)
     with pytest.raises(ValueError, match="is of an earlier version .* cannot be resumed"):
