@@ -1520,14 +1520,17 @@ def test_apples_gpu_is_not_chosen_where_its_products_may_be_wrong(monkeypatch, c
     assert device("quick", **long) == "cpu" and "32,767 terms" in capsys.readouterr().out
 
 
-def test_a_small_corpus_is_read_seven_times_at_most_and_the_weights_decay_faster(data_dir, capsys):
-    shape, cfg = GPTConfig(**TINY), TrainConfig(**RUN, data_dir=str(data_dir), weight_decay=0.1)
+def test_a_corpus_smaller_than_the_model_is_read_7_times_at_most_with_more_decay(data_dir, capsys):
+    cfg = TrainConfig(**RUN, data_dir=str(data_dir), weight_decay=0.1)
     n = DataLoaderLite(data_dir, "train", 1, 32).n_windows
+    small, large = GPT(GPTConfig(**TINY | dict(n_embd=8))), tiny()
+    assert small.num_params() < n * 32 < large.num_params()
     per_epoch = n * 32 / cfg.total_batch_size
     cases = [(0.5, 1), (2.9, 1), (3.1, 10), (6.9, 10), (7.5, 10), (100, 10)]  # epochs, decay
     for epochs, decay in cases:
         asked = dataclasses.replace(cfg, max_steps=round(epochs * per_epoch))
-        fitting = fit_to_corpus(asked, shape, Worker())
+        assert fit_to_corpus(asked, small, Worker()) == asked
+        fitting = fit_to_corpus(asked, large, Worker())
         assert fitting.max_steps == min(asked.max_steps, int(7 * per_epoch))
         assert fitting.weight_decay == pytest.approx(0.1 * decay)
         assert ("has only" in capsys.readouterr().out) == (decay > 1)
