@@ -409,8 +409,10 @@ class Look:
         self.name = path
         c = self.model.config
         self.sizes = c.n_layer, c.n_head, c.n_embd, c.vocab_size, c.n_embd // c.n_head
-        print(f"{path}: {c.n_layer} blocks of {c.n_head} heads, {c.n_embd} channels, "
-              f"{c.vocab_size:,} tokens, {self.model.num_params():,} weights")  # fmt: skip
+        print(
+            f"{path}: {c.n_layer} blocks of {c.n_head} heads, {c.n_embd} channels, "
+            f"a vocabulary of {c.vocab_size:,} tokens, {self.model.num_params():,} weights"
+        )
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The tokens of these ids, with visible spaces."""
