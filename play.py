@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 # (positive). Shares between 0 and 1 go from white to black. `␣` is a space, and `⏎` a line's end.
 
 COLORS = dict(wte="#0072b2", wpe="#e69f00", attention="#d55e00", mlp="#009e73", head="#aa4499",
-              stream="#444444")  # fmt: skip
+              stream="#444444", loss="#56b4e9", rate="#882255")  # fmt: skip
 LINES = ("o-", "s--", "^:", "x-.", "d-")  # so that curves differ without their colours
 
 
@@ -218,20 +218,31 @@ def draw_lift(table: Tensor, row: int, color: str, title: str) -> Figure:
     return figure
 
 
+def draw_spread(spread: dict[str, Tensor], tokens: list[str]) -> Figure:
+    """For each name a panel with a dot for each token, all on one logarithmic scale."""
+    figure, axes = panels(1, len(spread), width=10.5, sharex=True, sharey=True)
+    for ax, (title, values) in zip(axes, spread.items(), strict=True):
+        ax.plot(values.tolist(), "o", color=COLORS["stream"], ms=5)
+        names(ax, columns=tokens)
+        mark(ax, title, "", "standard deviation" if ax is axes[0] else "", yscale="log")
+    return figure
+
+
 def draw_steps(steps: dict[str, Tensor], tokens: list[str]) -> Figure:
-    """The steps from scores to weights, (T, T) each. Those with negative numbers share a scale."""
+    """The four steps from queries and keys to weights, (T, T) each. The first has a scale of its
+    own, the second and the third share one, and the last goes from 0 to 1."""
     figure, axes = panels(1, len(steps), width=10.5, height=3.7)
-    scores = [s[s.isfinite()].abs().max().item() for s in steps.values() if (s < 0).any()]
-    for ax, (title, values) in zip(axes, steps.items(), strict=True):
-        signed = bool((values < 0).any())
+    first, second = (s.abs().max().item() for s in list(steps.values())[:2])
+    limits = (first, second, second, 1.0)
+    for ax, limit, (title, values) in zip(axes, limits, steps.items(), strict=True):
         matrix(ax, values.masked_fill(values.isinf(), torch.nan), tokens if ax is axes[0] else (),
-               tokens, max(scores) if signed else 1.0, None, square=True)  # fmt: skip
+               tokens, limit, None, square=True)  # fmt: skip
         mark(ax, title, "key", "query" if ax is axes[0] else "")
         if ax is not axes[0]:
             ax.set_yticks([])
-    for place, label in ((axes[:-1], "score"), (axes[-1:], "weight")):
-        figure.colorbar(place[-1].images[0], ax=place, label=label, orientation="horizontal",
-                        fraction=0.06, pad=0.02, aspect=25)  # fmt: skip
+    for place, label in ((axes[:1], "score"), (axes[1:3], "score / √hs"), (axes[3:], "weight")):
+        figure.colorbar(place[0].images[0], ax=place, label=label, orientation="horizontal",
+                        fraction=0.06, pad=0.02, aspect=12 * len(place))  # fmt: skip
     return figure
 
 
@@ -319,11 +330,12 @@ def draw_log(log: list[dict[str, Any]], wanted: dict[str, tuple[str, ...]]) -> F
     for ax, (title, keys) in zip(axes, wanted.items(), strict=True):
         for key in keys:
             steps, values = zip(*((r["step"], r[key]) for r in log if key in r), strict=True)
-            style = (
-                dict(color="#aaaaaa") if key == "loss" else dict(color=COLORS["head"], marker="o")
+            style = dict(alpha=0.45, label="training loss") if key == "loss" else dict(marker="o")
+            ax.plot(
+                steps, values, **dict(label="on unseen text", color=COLORS["loss"], ms=4) | style
             )
-            ax.plot(steps, values, lw=1, label=key, ms=4, **style)
-        mark(ax, title, "step")
+        name, _, unit = title.partition(", ")
+        mark(ax, name, "step", unit or title)
         ax.legend(fontsize=8, frameon=False)
     return figure
 
@@ -333,7 +345,7 @@ def draw_costs(costs: dict[str, list[float]], title: str) -> Figure:
     figure, (ax,) = panels(width=8.0, height=0.24 * len(costs) + 1.1)
     for row, values in enumerate(costs.values()):
         ax.plot(values, [row] * len(values), "o", alpha=0.5, color=COLORS["stream"], ms=5)
-        ax.plot(np.mean(values), row, "|", ms=13, mew=2.5, color=COLORS["attention"])
+        ax.plot(np.mean(values), row, "|", ms=13, mew=2.5, color="black")
     ax.axvline(0, color=COLORS["stream"], lw=1, ls=":")
     ax.set_yticks(range(len(costs)), list(costs), fontsize=8)
     ax.set_xscale("symlog", linthresh=0.05)
@@ -397,6 +409,10 @@ class Look:
         self.name = path
         c = self.model.config
         self.sizes = c.n_layer, c.n_head, c.n_embd, c.vocab_size, c.n_embd // c.n_head
+        print(
+            f"{path}: {c.n_layer} blocks of {c.n_head} heads, {c.n_embd} channels, "
+            f"a vocabulary of {c.vocab_size:,} tokens, {self.model.num_params():,} weights"
+        )
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The tokens of these ids, with visible spaces."""
@@ -477,17 +493,21 @@ class Look:
         last, end = repr(tokens[-1])[1:-1], len(ids) - 1
         figure = draw_tokens(tokens, ids)
         picture(figure, f"The text is cut into {len(ids)} tokens. Below each stands its id, the "
-                        "number by which the model knows it.")  # fmt: skip
+                        "number by which the model knows it. ␣ is a space. ⏎ is a line's "
+                        "end.")  # fmt: skip
         parts = {f"wte[{ids[-1]}]": t["wte"][-1], f"wpe[{end}]": t["wpe"][-1]}
         parts["stream"] = t["h.0.in"][-1]
         figure = strips({k: v[:96] for k, v in parts.items()}, " +=", f"Two look-ups for {last}")
         picture(figure, f"The last token, {last}, is looked up twice: by its id in the table wte, "
                         f"and by its position, {end}, in the table wpe. The sum of the two rows is "
                         "what the model works on (the first 96 channels).")  # fmt: skip
-        stations = {"wte + wpe": t["h.0.in"][-1]}
+        stations, before = {"wte + wpe": t["h.0.in"][-1]}, t["h.0.in"][-1]
+        share = {}  # how long what a sublayer adds is, beside the stream before it
         for i in range(n_layer):
-            stations[f"+ attention {i}"] = t[f"h.{i}.ln_2.in"][-1]
-            stations[f"+ MLP {i}"] = t[f"h.{i}"][-1]
+            for part, after in (("attention", f"h.{i}.ln_2.in"), ("MLP", f"h.{i}")):
+                stations[f"+ {part} {i}"] = t[after][-1]
+                share[f"{part} {i}"] = (t[after][-1] - before).norm() / before.norm()
+                before = t[after][-1]
         figure, (ax,) = panels(height=0.22 * len(stations) + 1.3)
         rows = torch.stack(list(stations.values()))  # (1 + 2L, C)
         sizes = rows.std(dim=1, keepdim=True)
@@ -495,8 +515,10 @@ class Look:
         matrix(ax, (rows / sizes)[:, :96], labels, limit=3.0, bar="value / std. deviation")
         mark(ax, f"The residual stream of {last} at every station", "channel")
         picture(figure, "Each row is the vector of the last token after one more addition, divided "
-                        "by its standard deviation, which stands on the left. Columns keep their "
-                        "colours for a while, because each part only adds.")  # fmt: skip
+                        "by its standard deviation, which stands on the left. Each part only adds. "
+                        "A column keeps its colour where little is added, and gets a new one where "
+                        f"much is added. In this model {max(share, key=share.get)} adds most, "
+                        "compared with the stream before it.")  # fmt: skip
         few = max(1, 12 // n_head)  # blocks, of which the first and the last are among them
         blocks = sorted({round(i * (n_layer - 1) / max(1, few - 1)) for i in range(few)})
         weights = {f"block {i}, head {j}": t[f"h.{i}.weights"][j, -24:, -24:]
@@ -506,17 +528,20 @@ class Look:
                 "a token that it looks at. The darker a cell, the larger its weight.")  # fmt: skip
         p, guesses = (part[:, -10:] for part in self.lens(t))
         rows = ["wte + wpe", *(f"block {i}" for i in range(n_layer))]
+        same = sum(int(guess) == i for guess, i in zip(guesses[0], ids[-10:], strict=True))
         figure = draw_guesses(p, [self.tokens(row) for row in guesses], rows, tokens[-10:])
         mark(figure.axes[0], "The likeliest next token, as each block would have it", "after")
         picture(figure, "In each cell stands the token that the model would predict if it ended "
-                        "after this block (the logit lens). The darker, the surer.")  # fmt: skip
+                        "after this block (the logit lens). The darker, the surer. The first row "
+                        f"comes before all blocks. In {same} of its {len(guesses[0])} cells stands "
+                        "the token itself. Section 7 says why.")  # fmt: skip
         p, best = t["lm_head"][-1, : self.tokenizer.n_vocab].softmax(dim=-1).topk(10)
         figure, (ax,) = panels(width=7.0)
         bars(ax, self.tokens(best), p, "head", across=True)
         mark(ax, "The ten likeliest next tokens", "probability")
         guess = self.tokens(best[:1])[0]
-        picture(figure, f"After the text, the model expects {guess}, with a probability of "
-                        f"{p[0]:.2f}. Together, the ten have {p.sum():.2f}.")  # fmt: skip
+        picture(figure, f"The likeliest next token is {guess}. Its probability is {p[0]:.2f}. "
+                        f"Together, the ten have {p.sum():.2f}.")  # fmt: skip
 
     def page(self, text: str) -> None:
         """Show the page of this model in a frame. A viewer without frames shows its name alone."""
@@ -960,22 +985,48 @@ def costs(name: str, results: dict[str, list[dict[str, Any]]]) -> tuple[str, ...
     params, baseline = results[name][0]["params"], results["baseline"][0]["params"]
     return (f"{params:,}", f"{params / baseline - 1:+.1%}", f"{np.mean(bits):.3f}",
             f"{min(bits):.3f} – {max(bits):.3f}",
-            f"{np.mean(difference(name, results)):+.3f}")  # fmt: skip
+            signed(np.mean(difference(name, results))))  # fmt: skip
+
+
+def signed(number: float) -> str:
+    """A difference with its sign. What rounds to 0 has none."""
+    text = f"{number:+.3f}"
+    return text if float(text) else "0.000"
+
+
+def by_training(results: dict[str, list[dict[str, Any]]]) -> dict[str, list[tuple]]:
+    """The rows of a table for each way of training, such as "250 steps, fp32"."""
+    tables: dict[str, list[tuple]] = {}
+    for name, rows in results.items():
+        how = "{max_steps} steps, {precision}".format(**rows[0])
+        tables.setdefault(how, []).append((rows[0]["name"], *costs(name, results)))
+    return tables
 
 
 def cost_of(variant: str, results: dict[str, list[dict[str, Any]]]) -> str:
     """The mean cost of a variant, however it was measured."""
     name = next(name for name, rows in results.items() if rows[0]["name"] == variant)
-    return f"{name}: {np.mean(difference(name, results)):+.3f}"
+    return f"{name}: {signed(np.mean(difference(name, results)))}"
 
 
-# A part of the model, its job, and the variant that goes without it or replaces it.
+def costs_of(variants: Sequence[str], results: dict[str, list[dict[str, Any]]]) -> str:
+    """The mean costs of variants, with how many more weights each has, if it has."""
+    found = []
+    for variant in variants:
+        rows = next(rows for rows in results.values() if rows[0]["name"] == variant)
+        more = rows[0]["params"] / results["baseline"][0]["params"] - 1
+        weights = f" ({more:+.0%} weights)" if abs(more) > 0.01 else ""
+        found.append(cost_of(variant, results) + weights)
+    return "; ".join(found)
+
+
+# A part of the model, its job, and the variants that go without it or replace it.
 COMPONENTS = (
-    ("wte", "what a token is; as lm_head, which one comes next", "untied head"),
-    ("wpe", "where a token stands", "no positions"),
-    ("attention", "gathers from earlier tokens", "no attention"),
-    ("mlp", "computes in each token", "no MLP"),
-    ("LayerNorm", "keeps what is read at one scale", "no LayerNorm"),
+    ("wte", "what a token is; as lm_head, which one comes next", ("untied head",)),
+    ("wpe", "where a token stands", ("no positions",)),
+    ("attention", "gathers from earlier tokens", ("no attention",)),
+    ("mlp", "computes in each token", ("no MLP",)),
+    ("LayerNorm", "keeps what is read at one scale", ("no LayerNorm", "AdamW, no LayerNorm")),
 )
 
 
@@ -1047,8 +1098,8 @@ def mistakes(look: Look, gpt2: tiktoken.Encoding | None) -> list[tuple[str, str,
         ("The likeliest token is chosen", f"in {likeliest:.0%} of the cases, if drawn at 1",
          "this model, on average over a sentence; GPT-2's samples were drawn"),
         ("Without positions, word order plays no role",
-         f"{_order_without_positions():.2f}", "how far the last logits are apart for two orders "
-         "of the same tokens that end in different ones, in a small model without positions"),
+         f"{_order_without_positions():.3f}", "how far the last logits are apart for two orders "
+         "of the tokens before the same last one, in a model of two blocks without positions"),
         ("Single channels have meanings (“is it an animal?”)", "see section 7",
          "directions may have one, at best"),
     ]  # fmt: skip
@@ -1076,5 +1127,7 @@ def _numbers(values: Tensor, digits: int) -> str:
 def _order_without_positions() -> float:
     torch.manual_seed(1337)
     model = NoPositions(train_gpt2.GPTConfig(16, 64, n_layer=2, n_head=2, n_embd=32))
-    one, other = torch.tensor([[5, 9, 2], [2, 9, 5]])
+    for p in model.transformer.h.parameters():
+        p.normal_(std=0.3)  # large enough for every part to matter
+    one, other = torch.tensor([[5, 9, 2, 7], [2, 5, 9, 7]])
     return apart(model(one[None])[0, -1], model(other[None])[0, -1])
