@@ -80,6 +80,11 @@ def assert_close_run(log_dir, other) -> None:
 # A server that has imported the program forks a process for a run: in 30 ms, not in 3 seconds.
 
 
+def micro_step(windows):
+    """Which one it is for one of two workers, who share steps of 8 windows and take 2 at a time."""
+    return windows.start // 8 * 2 + windows.start % 4 // 2
+
+
 def program(argv, output, environment, pause=0.0, die_after=0, file_limit=0, nan_at=None):
     """The program, in a process of its own.
 
@@ -90,16 +95,17 @@ def program(argv, output, environment, pause=0.0, die_after=0, file_limit=0, nan
     os.environ.update(environment)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
-    Worker.matmul_flops, batch = lambda worker: 1e12, DataLoaderLite.batch
+    Worker.matmul_flops, windows = lambda worker: 1e12, DataLoaderLite.windows
     life.write_page = lambda *args, **how: None
 
-    def before_batch(loader, i):
-        time.sleep(pause)
-        if (loader.rank, i) == nan_at:
-            train_gpt2.ChunkedLoss.apply = lambda x, *_: x.sum() * math.nan
-        return batch(loader, i)
+    def before_windows(loader, numbers):
+        if loader.is_train:
+            time.sleep(pause)
+            if (loader.rank, micro_step(numbers)) == nan_at:
+                train_gpt2.ChunkedLoss.apply = lambda x, *_: x.sum() * math.nan
+        return windows(loader, numbers)
 
-    DataLoaderLite.batch = before_batch
+    DataLoaderLite.windows = before_windows
     if file_limit:
         import resource
 
@@ -315,9 +321,9 @@ def test_a_loss_that_is_no_number_stops_all_workers_and_is_told_by_rank(
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
 def test_stopping_and_resuming_leaves_memory_and_open_files_as_they_were(data_dir, monkeypatch):
     """A run is stopped in its first step, each time; in the long form for ten minutes."""
-    batch, used, sigterm = DataLoaderLite.batch, [], (os.getpid(), signal.SIGTERM)
+    step, used, sigterm = train_gpt2.accumulate_gradients, [], (os.getpid(), signal.SIGTERM)
     monkeypatch.setattr(
-        DataLoaderLite, "batch", lambda loader, i: os.kill(*sigterm) or batch(loader, i)
+        train_gpt2, "accumulate_gradients", lambda *args: os.kill(*sigterm) or step(*args)
     )
     argv = flags("--resume", data_dir=data_dir, max_steps=10**5, eval_every=3)
     end = time.monotonic() + times(0, 600)
@@ -364,13 +370,15 @@ def test_three_workers_share_a_step_whose_windows_do_not_divide(finish, finished
 
 SCRIPT = """
 import os, signal, sys, time, train_gpt2
-batch = train_gpt2.DataLoaderLite.batch
+windows = train_gpt2.DataLoaderLite.windows
 
-def before_batch(loader, i):
-    {}
-    return batch(loader, i)
+def before_windows(loader, numbers):
+    if loader.is_train:
+        i = numbers.start // 8 * 2 + numbers.start % 4 // 2  # as micro_step in the tests
+        {}
+    return windows(loader, numbers)
 
-train_gpt2.DataLoaderLite.batch = before_batch
+train_gpt2.DataLoaderLite.windows = before_windows
 sys.exit(train_gpt2.main())
 """
 RESTARTS = "int(os.environ['TORCHELASTIC_RESTART_COUNT'])"
@@ -384,8 +392,8 @@ def torchrun():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     running = []
 
-    def torchrun(before_batch, argv):
-        Path("script.py").write_text(SCRIPT.format(before_batch))
+    def torchrun(before, argv):
+        Path("script.py").write_text(SCRIPT.format(before))
         command.extend(["--max-restarts=3", "script.py", *argv])
         with open("output.txt", "w") as output:
             running.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
@@ -408,8 +416,8 @@ def deaths(series):
 def test_two_workers_one_of_which_dies_and_is_restarted_have_the_losses_of_one_process(
     deaths, torchrun, finished, data_dir
 ):
-    before_batch = f"if [(i, loader.rank)] == {deaths}[{RESTARTS}:][:1]: {DIE}"
-    running = torchrun(before_batch, flags("--resume", **SHARED, data_dir=data_dir))
+    before = f"if [(i, loader.rank)] == {deaths}[{RESTARTS}:][:1]: {DIE}"
+    running = torchrun(before, flags("--resume", **SHARED, data_dir=data_dir))
     assert running.wait(600) == 0
     output = Path("output.txt").read_text()
     restarts = re.findall(r"(?:resumed|starts) at step (\d+)", output)
@@ -648,18 +656,18 @@ def test_main_runs_where_stdout_is_no_terminal_and_puts_the_signal_handlers_back
 def test_an_interrupt_in_a_notebook_saves_a_checkpoint_and_a_second_one_interrupts(
     data_dir, monkeypatch
 ):
-    batch = DataLoaderLite.batch
+    windows = DataLoaderLite.windows
 
     def interrupted(times):
         calls = itertools.count()
 
-        def interrupting(loader, i):
-            if next(calls) == 3:
+        def interrupting(loader, numbers):
+            if loader.is_train and next(calls) == 3:
                 for _ in range(times):
                     os.kill(os.getpid(), signal.SIGINT)
-            return batch(loader, i)
+            return windows(loader, numbers)
 
-        monkeypatch.setattr(DataLoaderLite, "batch", interrupting)
+        monkeypatch.setattr(DataLoaderLite, "windows", interrupting)
         return train_gpt2.main(flags("--resume", data_dir=data_dir))
 
     handler = signal.getsignal(signal.SIGINT)
