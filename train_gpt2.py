@@ -1851,17 +1851,19 @@ def take_log_dir(names: list[str], worker: Worker) -> str:
 
 
 @contextmanager
-def locked(log_dir: str) -> Iterator[None]:
-    """Lock the folder of a run. Errors: ValueError if another process has locked it."""
-    from filelock import FileLock, Timeout  # PyTorch needs this library as well
+def locked(path: Path) -> Iterator[None]:
+    """Lock a file, if the system can do this in the way of Unix. Errors: ValueError if another
+    process has locked it."""
+    with path.open("rb") as file:
+        try:
+            import fcntl
 
-    try:
-        with FileLock(Path(log_dir, "lock"), timeout=0):
-            yield
-    except Timeout as e:
-        raise ValueError(
-            f"{log_dir}: another process is writing this run (if none is, delete {log_dir}/lock)"
-        ) from e
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ModuleNotFoundError:
+            pass  # on Windows
+        except BlockingIOError as e:
+            raise ValueError(f"{path.parent}: another process is writing this run") from e
+        yield
 
 
 def make_model(flags: dict[str, Any], shape: GPTConfig, cfg: TrainConfig) -> GPT:
@@ -1964,7 +1966,7 @@ def execute(flags: dict[str, Any]) -> int:
     if preset == "quick" and not flags.keys() & {"preset", "data_dir"} and not runs:
         worker.print("no shards in edu_fineweb10B (python fineweb.py makes them): preset quick")
     log = Path(cfg.log_dir, "log.jsonl")
-    with locked(cfg.log_dir) if worker.rank == 0 else nullcontext():
+    with locked(log) if worker.rank == 0 else nullcontext():
         try:
             on_stdlib = cfg.data_dir == PRESETS["quick"][1].data_dir and "data_dir" not in flags
             if on_stdlib and int(os.environ.get("LOCAL_RANK", 0)) == 0:

@@ -178,7 +178,7 @@ def test_results_in_readme_are_those_of_the_page_about_speed():
     table = "\n".join(" | ".join(row) for row in rows(README, "model"))
     ours, theirs = (
         next(row for row in rows(SPEED, "program") if row[0].startswith(name))
-        for name in ("this, `quick`", "nanoGPT")
+        for name in ("this, `quick", "nanoGPT")
     )
     for _, _, seconds, bits in (ours, theirs):
         assert re.search(rf"Shakespeare, {seconds} s \(.*\) \| {bits} bits a byte", table)
