@@ -167,6 +167,10 @@ def test_steps_tokens_and_sizes_in_the_text_are_the_presets():
     with torch.device("meta"):
         model = GPT(shape)
     assert f"{model.num_params() / 1e6:.1f} million parameters" in README
+    sizes = (
+        f"L = {shape.n_layer}, nh = {shape.n_head}, C = {shape.n_embd} and T = {shape.block_size}"
+    )
+    assert sizes in SPEED
 
 
 def test_published_figures_are_the_same_everywhere():
