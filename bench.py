@@ -328,9 +328,7 @@ def make_step(
             else:
                 loss = net(x, labels=y, shift_labels=y, use_cache=False).loss
         loss.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        if kind != "ours" or norm > cfg.grad_clip:
-            nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
+        nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = cfg.max_lr

@@ -394,7 +394,7 @@ class KVCache:
         """Take the keys and values of new tokens, (B, nh, T, hs) each. Returns those of all so far.
 
         Call it with the whole prompt first, and then with one token at a time. Several new tokens
-        after cached ones would need a mask that begins in the middle. ValueError refuses them.
+        after cached ones would need a mask that begins in the middle. Errors: ValueError.
         """
         B, nh, T, hs = k.size()
         start, end = self.n_tokens, self.n_tokens + T
@@ -646,9 +646,7 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
 
         # 2. Bound it. All gradients together are seen as one long vector. If its length, the norm,
         # is above grad_clip, they are scaled down, so one odd batch cannot throw the weights far.
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])  # ()
-        if norm > cfg.grad_clip > 0:
-            nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
 
         # 3. Let all workers agree. Each tells its loss, and the signal that told it to stop (0 if
         # none did). After this line every worker knows this of all others, so all decide alike.
@@ -656,7 +654,7 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
         signum = int(numbers.max())
         # A loss or gradient that is not finite would spoil every weight, so it ends the run. Only
         # fp16 may overflow now and then. The step is skipped then.
-        skip = run.must_skip(step, losses, norm.item())
+        skip = run.must_skip(step, losses, norm)
 
         # 4. Take the step, and forget its gradients.
         lr = get_lr(step, cfg)
@@ -669,8 +667,7 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
         scaler.update()
 
         # 5. Write down how it went.
-        seconds = time.perf_counter() - began
-        run.log_step(step, losses.mean().item(), lr, norm.item(), seconds)
+        run.log_step(step, losses.mean().item(), lr, norm, time.perf_counter() - began)
     if finished and not signum:
         run.finish()
     return signum
@@ -1044,8 +1041,8 @@ def split_range(numbers: range, n: int) -> list[range]:
 def divide_step(cfg: TrainConfig, T: int, worker: Worker) -> tuple[int, int]:
     """The most windows of a micro-step (B), and the micro-steps of a step, for each worker.
 
-    B is at most micro_batch_size. The exception is a step with fewer windows than micro-steps: 2
-    workers that share 3 windows take 1 and 2, even if at most 1 is asked. On a CPU a micro-step has
+    B is at most micro_batch_size, unless a micro-step would then be empty: 2 workers that share 3
+    windows take 1 and 2, even if at most 1 is asked. On a CPU a micro-step has
     at most 8,192 tokens, because more are no faster there. Errors: ValueError if a step cannot be
     divided into windows.
     """
@@ -1629,7 +1626,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, learns: bool) -> Tensor:
-        shape = x.shape
+        shape, dtype = x.shape, weight.dtype
         x = x.flatten(0, 1)  # (N, C)
         x_grad, weight_grad = torch.empty_like(x), torch.empty(0)
         targets = targets.flatten()[:, None]  # (N, 1)
@@ -1650,7 +1647,7 @@ class ChunkedLoss(torch.autograd.Function):
             if learns:
                 x_grad[i : i + rows] = logits @ weight
                 product = logits.T @ x[i : i + rows]  # (V, C)
-                weight_grad = weight_grad.add_(product) if i > 0 else product.float()
+                weight_grad = weight_grad.add_(product) if i > 0 else product.to(dtype)
         ctx.save_for_backward(x_grad.view(shape), weight_grad)
         return loss / ctx.N
 

@@ -1198,13 +1198,14 @@ def test_the_log_says_what_was_run_and_each_step_once(run, data_dir):
 def test_accumulated_micro_batches_give_the_gradients_of_one_big_batch(
     tmp_path, data_dir, monkeypatch
 ):
-    found, measure = {}, nn.utils.get_total_norm
+    found, clip = {}, nn.utils.clip_grad_norm_
 
-    def spy(grads):
-        found.setdefault(B, []).append([grad.clone() for grad in grads])
-        return measure(grads)
+    def spy(parameters, limit):
+        parameters = list(parameters)
+        found.setdefault(B, []).append([p.grad.clone() for p in parameters])
+        return clip(parameters, limit)
 
-    monkeypatch.setattr(nn.utils, "get_total_norm", spy)
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy)
     for B in (8, 4, 1):
         begin(tmp_path / str(B), data_dir, micro_batch_size=B, max_steps=2, optimizer="adamw")
         torch.testing.assert_close(found[B], found[8], rtol=1e-4, atol=1e-6)
