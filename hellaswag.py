@@ -322,12 +322,16 @@ def token_losses(model: GPT, rows: Sequence[Row], n_vocab: int) -> Tensor:
     idx = pad([row.tokens for row in rows], device)  # (B, T)
     pos = pad([row.positions for row in rows], device)  # (B, T)
     mask = make_mask(pad([row.parts for row in rows], device))  # (B, 1, T, T)
-    # Padding stands behind the tokens of its row, so none of them sees it.
-    x = model.hidden(idx, pos=pos, mask=mask)  # (B, T, C)
+    # This is `GPT.hidden` with our own positions and mask. Padding stands behind the tokens of its
+    # row, so none of them sees it.
+    parts = model.transformer
+    x = parts.wte(idx) + parts.wpe(pos)  # (B, T, C)
+    for block in parts.h:
+        x = block(x, mask)  # (B, T, C)
     # Only the vectors that predict a target go through the head, which is expensive.
     b = torch.tensor([b for b, row in enumerate(rows) for _ in row.places], device=device)  # (N,)
     t = torch.tensor([place for row in rows for place in row.places], device=device)  # (N,)
-    x = x[b, t]  # (N, C)
+    x = parts.ln_f(x[b, t])  # (N, C)
     targets = torch.tensor([token for row in rows for token in row.targets], device=device)  # (N,)
     chunk_size = 2**26 // n_vocab  # so many rows of fp32 logits take 256 MiB
     losses = [

@@ -1,10 +1,9 @@
 """GPT-2 in one file: the model, its training, and the text that it writes.
 
-    python train_gpt2.py                       trains a small GPT-2 on this computer, in minutes
+    python train_gpt2.py --preset quick        trains a small GPT-2 on this computer, in minutes
     python train_gpt2.py --generate "def "     lets the newest model continue this text
     python fineweb.py                          downloads 10 billion tokens of training text
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py            trains GPT-2 124M on them
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py --resume   resumes that run after a stop
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py    trains GPT-2 124M on them
 
 Read it from top to bottom. Its first part is GPT-2 itself, in the order in which one learns it. Its
 second part is the machinery of a training run. `--help` lists the options.
@@ -17,39 +16,43 @@ Notation in all files of this project:
 A comment like # (B, T, C) gives the shape of the tensor that its line makes; () is one number.
 
 A language model reads text as tokens. A token is a frequent piece of text, and the model sees only
-its number, the id:
+its number, the id. Byte-pair encoding (BPE) chose these pieces. It starts from the 256 bytes, each
+of which is a token, so any text can be written in tokens. Then it takes a large text that is cut
+into words, each with the space before it. It finds the pair of neighbouring tokens that is most
+frequent within the words, and merges it into a new token. It repeats this 50,000 times. In the end
+a frequent word is one token, and a rare word is several. The same merges encode any other text.
 
-    "The cat sat on the"  →  "The" " cat" " sat" " on" " the"  →  464 3797 3332 319 262
+GPT-2 takes T tokens and predicts, for each of them, which token comes next. A sentence's way
+through GPT-2 small:
 
-Byte-pair encoding (BPE) chose these pieces. It starts from the 256 bytes, each of which is a token,
-so any text can be written in tokens. Then it takes a large text that is cut into words, each with
-the space before it. It finds the pair of neighbouring tokens that is most frequent within the words
-and makes it a new token. It repeats this 50,000 times. In the end a frequent word is one token, and
-a rare word is several.
-
-GPT-2 takes T tokens and predicts, for each of them, which token comes next:
-
-    ids (B, T) ─wte, wpe─▶ x (B, T, C) ─L blocks─▶ x (B, T, C) ─ln_f, lm_head─▶ logits (B, T, V)
+    "The cat sat on the"
+      ▼ encode                      "The" " cat" " sat" " on" " the"
+    ids       (B, T)                464 3797 3332 319 262                 (1, 5)
+      ▼ wte + wpe                   a vector for each token
+    x         (B, T, C)             the residual stream                   (1, 5, 768)
+      ▼ L blocks                    each adds to x twice
+    x         (B, T, C)                                                   (1, 5, 768)
+      ▼ ln_f, lm_head               a score for each token that may follow
+    logits    (B, T, V)             the last row: what follows " the"     (1, 5, 50257)
 
 Each token becomes a vector of C numbers. It is the sum of one vector for what the token is (wte)
-and one for where it stands (wpe). This vector is called the residual stream, because every block
-only adds to it. A block adds twice. First, attention adds what the token gathers from itself and
-the tokens before it. Then the MLP adds what it computes from this token alone. At the end ln_f, a
-LayerNorm, brings the vector to a fixed scale, and lm_head takes its dot product with a vector for
-each of the V tokens. The results are V scores, the logits z. The softmax function turns them into
-probabilities that sum to 1:
+and one for where it stands (wpe). This vector is called the residual stream, because a block never
+replaces it, but only adds something to it, a residual. A block adds twice. First, attention adds
+what the token gathers from itself and the tokens before it. Then the MLP adds what it computes from
+this token alone. At the end ln_f, a LayerNorm, brings the vector to a fixed scale, and lm_head
+takes its dot product with a vector for each of the V tokens. The results are V scores, the logits
+z. The softmax function turns them into probabilities that sum to 1:
 
     p_i = e^z_i / (e^z_1 + … + e^z_V)
 
 Training shows the model text whose next tokens are known. The loss at a position is -ln p, where p
 is the probability that the model gave to the true next token. The gradient of the loss says, for
-each weight, how the loss changes if the weight grows a little. PyTorch records all operations from
-the weights to the loss, and the method `backward` goes back through them by the chain rule. One
-backward pass gives the gradient for all weights. Then each weight takes a small step in the
-direction in which the loss falls. Before training the loss is near 11, as if all tokens were
-equally likely. OpenAI's GPT-2 small reaches 3.29 on web text (FineWeb-Edu; the figure is from
-build-nanogpt's play.ipynb). With that loss, it is as unsure as if it chose among e^3.29 = 27
-equally likely tokens.
+each weight, by how much the loss rises, per unit, if the weight grows a little. PyTorch records all
+operations from the weights to the loss, and the method `backward` goes back through them by the
+chain rule. One backward pass gives the gradient for all weights. Then each weight takes a small
+step in the direction in which the loss falls. Before training the loss is near 11, as if all tokens
+were equally likely. OpenAI's GPT-2 small reaches 3.29 on web text (FineWeb-Edu; published by
+build-nanogpt). It is then as unsure as if it chose among e^3.29 = 27 equally likely tokens.
 
 The papers: "GPT-2" is Radford et al. 2019, Language Models are Unsupervised Multitask Learners.
 "GPT-3" is Brown et al. 2020, arXiv:2005.14165. It has the details of training that GPT-2 lacks.
@@ -70,7 +73,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,7 +96,7 @@ class GPTConfig:
     # The longest sequence that the model can read, in tokens.
     block_size: int = 1024
     # The number of tokens: 256 bytes, 50000 merges and <|endoftext|>, which comes before each text.
-    # By default, training takes that of the tokenizer, rounded up to a multiple of 128.
+    # By default, training takes the tokenizer's number, rounded up to a multiple of 128.
     vocab_size: int = 50257
     # The number of blocks.
     n_layer: int = 12
@@ -101,24 +104,27 @@ class GPTConfig:
     n_head: int = 12
     # The length of a token's vector, in channels. It has to be a multiple of n_head.
     n_embd: int = 768
-    # The share of numbers that dropout sets to 0 in training, against learning a text by heart.
+    # The share of numbers that dropout sets to 0 in training, so that no text is learned by heart.
     dropout: float = 0.0
     # Whether the Linear and LayerNorm layers add a learned vector, their bias.
     bias: bool = True
 
     def __post_init__(self) -> None:
         check_values(self)
+        C, nh = self.n_embd, self.n_head
+        require(C % nh == 0, f"n_embd={C} is not a multiple of n_head={nh}")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """softmax(q·kᵀ / √hs + mask)·v, for queries, keys and values of (B, nh, T, hs) each.
 
-    Vaswani et al. 2017, arXiv:1706.03762, section 3.2. Returns (B, nh, T, hs). A token's query says
-    what it looks for, and a token's key says what it offers. Their dot product is a score for how
-    well they match. The value is what the token hands over. This happens nh times side by side, in
-    the attention heads, each of which can look for something different. One head with T = 3:
+    Vaswani et al. 2017, arXiv:1706.03762, section 3.2. Returns (B, nh, T, hs). A token's query, key
+    and value are its vector times three learned matrices. The query says what the token looks for,
+    and the key says what it offers. Their dot product is a score for how well they match. The value
+    is what the token hands over. This happens nh times side by side, in the attention heads, each
+    of which can look for something different. One head with T = 3:
 
-                  q·kᵀ / √hs + mask          weights: the softmax of each row
+                  q·kᵀ / √hs + mask          attention weights: the softmax of each row
                   The    cat    sat          The    cat    sat
         The       0.4    -∞     -∞           1.00   0      0
         cat       1.0    2.0    -∞           0.27   0.73   0
@@ -126,16 +132,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
 
     Here "sat" gathers 0.24 of the value of "The", 0.67 of that of "cat", and 0.09 of its own.
     """
+    T, hs = q.shape[2:]
     # A score is a sum of hs products. If these were independent and had variance 1, the score would
     # have variance hs. Dividing by √hs brings the variance back to 1. If scores were much larger,
-    # softmax would give nearly all weight to one token, and hardly any gradient to the scores.
-    # k.mT is k with its last two dimensions swapped.
-    scores = (q / math.sqrt(q.size(-1))) @ k.mT  # (B, nh, T, T): a row for each query
+    # softmax would give nearly all weight to one token, and hardly any gradient to the scores. It
+    # is cheaper to divide q than the scores. k.mT is k with its last two dimensions swapped.
+    scores = (q / math.sqrt(hs)) @ k.mT  # (B, nh, T, T): a row for each query
     # No token may look at later ones. Training asks each token for its successor. If it could see
     # the successor, it would only have to copy it. The loss would fall to nearly 0, and the model
     # would be useless for writing, where the next token does not exist yet. So the scores of later
     # tokens, above the diagonal, become -∞, and their weights become e^-∞ = 0.
-    mask = torch.full_like(scores[0, 0], -math.inf).triu(1)  # (T, T)
+    mask = scores.new_full((T, T), -math.inf).triu(1)  # (T, T)
     weights = (scores + mask).softmax(dim=-1)  # (B, nh, T, T): each row sums to 1
     weights = F.dropout(weights, dropout)  # the caller gives 0 outside of training
     return weights @ v  # (B, nh, T, hs): for each query the weighted sum of the values
@@ -148,18 +155,19 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        # The names are those of OpenAI's weights, in which c_ stands for convolution. One matrix
-        # makes queries, keys and values, because one large product is faster than three.
+        # The names are OpenAI's. c_ stands for convolution: one of width 1 is a Linear layer. One
+        # matrix makes queries, keys and values, because one large product is faster than three.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None):
-        """Training gives x alone. mask is for hellaswag.py, and cache is for GPT.generate."""
+        """Training gives x alone. cache is for writing text, and mask for hellaswag.py: it is True
+        where a query (row) may look at a key (column), if that is not the usual triangle."""
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
-        # The channels are cut into nh heads. No number moves, as view and transpose only change how
-        # the same memory is indexed.
+        # The channels are cut into nh heads. @ multiplies the last two dimensions, so nh has to
+        # stand before them. No number moves: view and transpose only index the memory otherwise.
         hs = C // self.n_head
         q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
@@ -167,10 +175,14 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, nh, tokens so far, hs) each
         dropout = self.dropout if self.training else 0.0
-        # This computes what `attention` does, causal mask included, in the way that is fastest on
-        # the device. On a GPU it is FlashAttention (arXiv:2205.14135), which never holds a whole
-        # (T, T) matrix. After cached tokens there is a single query, which may see all keys.
-        y = fast_attention(q, k, v, mask, dropout)  # (B, nh, T, hs)
+        if formula_is_fast(q, mask):
+            y = attention(q, k, v, dropout)  # (B, nh, T, hs)
+        else:
+            # PyTorch computes the same in one call, which is faster on a GPU and for long
+            # sequences. It may use FlashAttention (arXiv:2205.14135), which never holds a whole
+            # (T, T) matrix. A single query is that of the last token, and may look at all keys.
+            is_causal = mask is None and T > 1
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # the results of all heads, side by side
         return self.resid_dropout(self.c_proj(y))  # c_proj lets the channels of all heads mix
 
@@ -180,11 +192,11 @@ class MLP(nn.Module):
 
     Takes and returns (B, T, C). c_fc takes the dot product of the vector with 4C learned patterns.
     GELU keeps the matches and drops the rest. For each match, c_proj adds a learned vector to the
-    result. The factor 4 is that of Vaswani et al.
+    result, the larger the better the match. The factor 4 is that of Vaswani et al.
 
-    GELU (arXiv:1606.08415) is x·Φ(x), where Φ(x) is the share of a normal distribution below x. It
-    is a smooth form of ReLU, max(x, 0). ReLU has no gradient for negative x. GELU still has some
-    where x is slightly negative. GPT-2 used a tanh approximation.
+    GELU (arXiv:1606.08415) is x·Φ(x), where Φ(x) is the share of the standard normal distribution
+    below x. It is a smooth form of ReLU, max(x, 0). ReLU has no gradient for negative x. GELU still
+    has some where x is slightly negative. GPT-2 used an approximation with tanh.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -208,10 +220,10 @@ class Block(nn.Module):
 
     mean and variance are single numbers, and 1e-5 avoids a division by 0. weight and bias are
     learned vectors, (C,), that multiply and add channel by channel. So the sublayers read numbers
-    of the same scale, however large the stream has grown. The stream itself is never normalised
-    (pre-norm; GPT-2, section 2.3). It leads from the first block to the last through additions
-    alone. Gradients go back the same way, and fade much less than if the stream were normalised
-    after each addition, as Vaswani et al. did (post-norm).
+    of the same scale, however large the stream has grown. From the first block to the last, the
+    stream itself is never normalised (pre-norm; GPT-2, section 2.3). Only additions change it.
+    Gradients go back the same way, and fade much less than if the stream were normalised after each
+    addition, as Vaswani et al. did (post-norm).
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -227,14 +239,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The whole of GPT-2: two embeddings, L blocks (h), a last LayerNorm and the head.
+    """The whole of GPT-2: two tables (wte, wpe), L blocks (h), a last LayerNorm, and lm_head.
 
-    Its parameters have the names of Hugging Face's library transformers, so weights can be shared.
+    Its parameters have the names that Hugging Face's library transformers gives them.
 
-    In training, dropout sets a random share of numbers to 0 and divides the others by the share
-    that is kept, so that the mean stays the same. The model then relies less on any single number,
-    which helps if the same text is read many times. Dropout acts in four places: on the sum of the
-    two embeddings, on the weights of attention, on attention's result, and on the MLP's result.
+    In training, dropout sets a share of the numbers, chosen at random, to 0. It divides the others
+    by the share that is kept, so that the mean stays the same. The model then relies less on any
+    single number, which helps if the same text is read many times. Dropout acts in four places: on
+    the sum of the two look-ups, on the attention weights, and on the results of attention and MLP.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -249,34 +261,28 @@ class GPT(nn.Module):
         ))  # fmt: skip
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # One tensor has two jobs (arXiv:1608.05859). As wte it looks a token up, and as lm_head it
-        # scores one. So what the model learns about a token as its input also helps to predict this
+        # scores one. So what the model learns about a token as an input also helps to predict this
         # token. It saves GPT-2 small 38.6M parameters.
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
-    def hidden(self, idx: Tensor, pos: Tensor | None = None, mask: Tensor | None = None,
-               caches: list[KVCache] | None = None) -> Tensor:  # fmt: skip
+    def hidden(self, idx: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Returns the residual stream after ln_f, (B, T, C), for token ids idx (B, T).
 
-        Training gives idx alone. The other arguments are for hellaswag.py and GPT.generate:
-        pos (T,) or (B, T): the position of each token, if it is not 0, 1, 2, …
-        mask (B, 1, T, T): True where a query (row) may look at a key (column). Without it, each
-            query looks at its own key and all before it.
-        caches: a KVCache for each block, which holds the tokens before idx.
-        Errors: ValueError if positions would go beyond block_size.
+        Training gives idx alone. caches: see `generate`; one for each block, with what it has kept
+        of the tokens before idx. Errors: ValueError if there are more than block_size tokens.
         """
-        if pos is None:
-            start = caches[0].n_tokens if caches else 0
-            end, limit = start + idx.size(1), self.config.block_size
-            require(end <= limit, f"{end} tokens are more than block_size={limit}")
-            pos = torch.arange(start, end, device=idx.device)  # (T,)
+        start = caches[0].n_tokens if caches else 0
+        end, limit = start + idx.size(1), self.config.block_size
+        require(end <= limit, f"{end} tokens are more than block_size={limit}")
+        pos = torch.arange(start, end, device=idx.device)  # (T,): 0, 1, 2, …
         # A look-up takes a row out of a table. wpe is a learned table as well, and it ends at
         # block_size. Positions are needed because a weighted sum has no order. Without them, an
         # attention layer would see the tokens before a token as an unordered bag.
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, mask, caches[i] if caches else None)  # (B, T, C)
+            x = block(x, cache=caches[i] if caches else None)  # (B, T, C)
         return self.transformer.ln_f(x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -293,27 +299,28 @@ class GPT(nn.Module):
         p / (B·T) for any other: what the model believes minus what is true.
         """
         x = self.hidden(idx)  # (B, T, C)
+        if targets is not None and loss_in_pieces(x):
+            # The same as below. The logits are the largest tensor of all, and a CPU is faster if
+            # only some of them exist at a time.
+            return ChunkedLoss.apply(x, self.lm_head.weight, targets, torch.is_grad_enabled())
+        logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
-            return self.lm_head(x)  # (B, T, V)
-        # This is F.cross_entropy of the logits and the targets. The logits are the largest tensor,
-        # so on a CPU head_loss computes them in pieces.
-        return head_loss(x, self.lm_head.weight, targets)
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw matrices from a normal distribution of standard deviation 0.02, or less for c_proj.
 
         Biases are 0, and the weights of LayerNorms stay 1. 0.02 is OpenAI's choice (its code has
-        0.01 for wpe). Each of the 2L sublayers (attention and MLP of every block) ends in a c_proj
-        that adds to the stream. Variances of independent terms add up, so the stream would grow
-        with depth. We draw c_proj smaller by a factor of √(2L). All 2L additions together then have
-        the variance that one of them would have had (GPT-2, section 2.3).
+        0.01 for wpe). It keeps the first logits small, so no token starts as a favourite, and the
+        first loss is little more than the ln V of equally likely tokens. (For GPT-2 small a logit
+        has variance 0.02²·C = 0.307. This adds half of it, and the loss is 10.825 + 0.154 = 10.98.)
 
-        The first loss is a little more than the ln V of equally likely tokens. It is the mean of
-        -ln p = ln Σ e^z - z, where z, the true token's logit, is 0 on average. ln_f gives lm_head
-        numbers of variance 1, so the logits are normal with variance σ² = 0.02²·C, which is 0.307
-        for GPT-2 small. The mean of e^z is then e^(σ²/2). Therefore ln Σ e^z is about ln V + σ²/2,
-        and the first loss is 10.825 + 0.154 = 10.98.
+        Each of the 2L sublayers (attention and MLP of every block) ends in a c_proj that adds to
+        the stream. Variances of independent terms add up, so the stream would grow with depth. We
+        draw c_proj smaller by a factor of √(2L). All 2L additions together then have the variance
+        that one of them would have had (GPT-2, section 2.3).
         """
         for name, p in self.named_parameters():  # the tied tensor comes once
             if p.dim() == 2:
@@ -337,10 +344,10 @@ class GPT(nn.Module):
                 token = sample(logits, **settings)   # (B, 1)
                 idx = torch.cat((idx, token), dim=1)
 
-        The form below gives the same tokens, and is faster because of the caches. settings are the
-        arguments of `sample`. stop: a row that has drawn this token repeats it to the end. When all
-        rows have drawn it, nothing more is drawn. n_vocab: the number of tokens that may be drawn,
-        if the vocabulary was rounded up. Errors: ValueError if idx has no token to start from.
+        The form below gives the same tokens, up to rounding. It is faster, because each block keeps
+        what it has computed from the tokens so far, in a cache, and reads only the new one.
+        settings are the arguments of `sample`. stop: a row that has drawn this token repeats it to
+        the end. n_vocab: only ids below it are drawn. Errors: ValueError if idx is empty.
         """
         require(idx.size(1) > 0, "the prompt is empty: it needs at least one token")
         block_size = self.config.block_size
@@ -349,7 +356,7 @@ class GPT(nn.Module):
         with inference(self, rows=len(idx)):  # no gradients, no dropout
             for _ in range(max_new_tokens):
                 if idx.size(1) <= block_size:
-                    x = self.hidden(idx[:, caches[0].n_tokens :], caches=caches)  # (B, new, C)
+                    x = self.hidden(idx[:, caches[0].n_tokens :], caches)  # (B, new, C)
                 else:
                     # From here on the window moves on by one token in each step. Then every token
                     # has another position, so its old keys and values are no longer right.
@@ -391,10 +398,10 @@ class KVCache:
         self.n_tokens = 0
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the keys and values of new tokens, (B, nh, T, hs) each. Returns those of all so far.
+        """Take the keys and values of new tokens, (B, nh, T, hs) each, and return those of all.
 
-        Call it with the whole prompt first, and then with one token at a time. Several new tokens
-        after cached ones would need a mask that begins in the middle. Errors: ValueError.
+        The first call has the whole prompt, each later one a single token. Several would need a
+        mask of another shape. Errors: ValueError.
         """
         B, nh, T, hs = k.size()
         start, end = self.n_tokens, self.n_tokens + T
@@ -413,10 +420,11 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
            ) -> Tensor:  # fmt: skip
     """Draw a token for each row of logits (B, V). Returns ids (B, 1).
 
-    The temperature divides the logits. At 1, each token is drawn with the probability that the
-    model gives it. Below 1, likely tokens become likelier still, and at 0 the likeliest is always
-    taken ("greedy"). top_k keeps the k likeliest tokens. top_p (arXiv:1904.09751) keeps the
-    smallest set of likeliest tokens whose probabilities add up to at least p. With top_p=0.7:
+    First, the temperature divides the logits. At 1, each token is drawn with the probability that
+    the model gives it. Below 1, likely tokens become likelier still, and at 0 the likeliest is
+    always taken ("greedy"). Then top_k keeps the k likeliest tokens. Of these, top_p
+    (arXiv:1904.09751) keeps the likeliest few whose probabilities add up to at least top_p. With
+    top_p=0.7:
 
         probability                  .5    .3    .15   .05
         sum of those before it        0    .5    .8    .95
@@ -442,8 +450,10 @@ def configure_optimizers(model: GPT, cfg: TrainConfig, dtype: torch.dtype = torc
                          ) -> list[torch.optim.Optimizer]:  # fmt: skip
     """AdamW (arXiv:1711.05101) for all weights, or for those that Muon does not take.
 
-    For each weight AdamW keeps two running averages: m of its gradients g, and v of their squares.
-    How slowly they forget is set by two numbers, the betas; here they are GPT-3's, 0.9 and 0.95:
+    The plain way would be weight ← weight - lr·g, with the gradient g and a small number lr, the
+    learning rate. But gradients of different weights differ a thousandfold in size, and no lr suits
+    them all. So AdamW keeps two running averages for each weight: m of its gradients, and v of
+    their squares. How slowly they forget is set by two numbers, the betas; here they are GPT-3's:
 
         m ← 0.9·m + 0.1·g        v ← 0.95·v + 0.05·g²        weight ← weight - lr·m / (√v + 1e-8)
 
@@ -456,8 +466,8 @@ def configure_optimizers(model: GPT, cfg: TrainConfig, dtype: torch.dtype = torc
     and a LayerNorm weight that is pulled to 0 would silence its channel. In GPT-2 small 50 matrices
     decay, and 98 vectors do not.
 
-    The preset `quick` lets Muon, an optimizer that is defined in the second part, change the
-    matrices of the blocks. dtype is the precision of Muon's matrix products.
+    The preset `quick`, for a laptop, has a newer optimizer for the matrices of the blocks, Muon,
+    which has a section of its own. dtype is the precision of Muon's products.
     """
     muon: list[Tensor] = []
     if cfg.optimizer == "muon":
@@ -475,10 +485,9 @@ def get_lr(step: int, cfg: TrainConfig) -> float:
     """The learning rate of a step (0, 1, …): a linear rise, then half a period of a cosine down.
 
     It starts low, because AdamW's averages still rest on few gradients, and large steps in a wrong
-    direction do harm. The first rate is max_lr / warmup_steps and not 0, because a step with rate 0
-    would be wasted. Then it falls, because small steps settle where large ones jump about. For
-    GPT-2 124M it rises for 715 steps (375M tokens, as in GPT-3) to max_lr = 6e-4, and falls to a
-    tenth of that at step 19,073.
+    direction do harm. It does not start at 0, as that step would be wasted. Then it falls, because
+    small steps come nearer to a minimum, over which large ones jump. For GPT-2 124M it rises for
+    715 steps (375M tokens, as in GPT-3) to max_lr = 6e-4, and falls to a tenth of that at the end.
     """
     if step < cfg.warmup_steps:
         return cfg.max_lr * (step + 1) / cfg.warmup_steps
@@ -496,20 +505,17 @@ class DataLoaderLite:
     A shard is a file of token ids, in which an <|endoftext|> stands before each document. The shard
     is cut into windows of T inputs. The targets are the same tokens, one place on. For T = 4:
 
-        shard      50256 464 3797 3332 319 262 2603  13 …
-        window 0   inputs  50256  464 3797 3332      targets   464 3797 3332 319
-        window 1   inputs    319  262 2603   13      targets   262 2603   13   …
+        shard         50256 464 3797 3332 319 262 2603  13 …
+        first window  inputs  50256  464 3797 3332      targets   464 3797 3332 319
+        second        inputs    319  262 2603   13      targets   262 2603   13   …
 
     A window may reach from one document into the next, and so may attention. The model learns from
     the <|endoftext|> between them that a new text begins.
 
-    Training reads each window once per epoch. Every epoch has another order of the shards, and of
-    the windows in each: perhaps windows 1, 0 of shard 1, then windows 2, 0, 1 of shard 0.
-    Validation reads all in order.
-
-    The order follows from the seed alone. So a run that was stopped finds its place in the data by
-    its step number. Several processes, the workers, can train together. Each has a rank: 0, 1, 2, …
-    A worker knows from its rank which windows of a step are its own, and has to ask no other.
+    Windows are numbered in the order in which a run reads them: 0, 1, 2, … without end. Training
+    reads each window once per epoch, and shuffles them anew for every epoch. Validation reads them
+    as they stand. The order follows from the seed alone. So a run that was stopped finds its place
+    by its step number, and several processes, the workers, can divide the windows of a step.
     """
 
     def __init__(self, data_dir: str | Path, split: str, B: int, T: int, rank: int = 0,
@@ -518,25 +524,15 @@ class DataLoaderLite:
         self.rank, self.world_size = rank, world_size
         self.seed, self.n_vocab, self.is_train = seed, n_vocab, split == "train"
         self.paths = find_shards(data_dir, split)
-        self.open_shard = functools.lru_cache(maxsize=64)(open_shard)  # a system limits open files
+        self.open_shard = functools.lru_cache(maxsize=64)(open_shard)  # few files are open at once
         self.counts = [max(0, len(self.open_shard(path)) - 1) // T for path in self.paths]
         self.n_windows = sum(self.counts)
         no_window = f"{data_dir}: no {split} shard has the {T + 1} tokens of one window"
         require(self.n_windows > 0, f"{no_window}; take more text, or a lower --seq_len")
 
-    def order(self, n: int, *key: int) -> Sequence[int]:
-        """The numbers 0 … n-1. For training, seed and key shuffle them, always in the same way."""
-        return shuffled(n, self.seed, *key) if self.is_train else range(n)
-
-    def window(self, i: int) -> np.ndarray:
-        """The T + 1 tokens of window i. The next epoch goes on counting where one has ended."""
-        epoch, i = divmod(i, self.n_windows)
-        for shard in self.order(len(self.paths), epoch):
-            if i < self.counts[shard]:  # it is in this shard
-                break
-            i -= self.counts[shard]
-        # + 1, because for NumPy the seeds (a, b) and (a, b, 0) are the same.
-        i = self.order(self.counts[shard], epoch, shard + 1)[i]
+    def window(self, number: int) -> np.ndarray:
+        """The T + 1 tokens of a window."""
+        shard, i = find_window(number, self.counts, self.seed if self.is_train else None)
         path = self.paths[shard]
         tokens = self.open_shard(path)[i * self.T : (i + 1) * self.T + 1]
         largest = int(tokens.max())
@@ -544,16 +540,14 @@ class DataLoaderLite:
         return tokens
 
     def windows(self, numbers: range) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of these windows: int64, (number of windows, T) each."""
-        tokens = np.stack([self.window(i) for i in numbers]).astype(np.int64)
+        """Inputs and targets of these windows: int64, (B, T) each."""
+        tokens = np.stack([self.window(number) for number in numbers]).astype(np.int64)
         tokens = torch.from_numpy(tokens)  # (B, T + 1)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def batch(self, i: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of this worker's batch i: int64, (B, T) each.
-
-        Batch i takes the next B windows for rank 0, the B after them for rank 1, and so on.
-        """
+        """Inputs and targets of this worker's batch i, if all batches of all workers have B
+        windows. (`train` asks for `windows`, because those of a step may not divide evenly.)"""
         first = (i * self.world_size + self.rank) * self.B
         return self.windows(range(first, first + self.B))
 
@@ -562,31 +556,42 @@ class DataLoaderLite:
 
 
 # -------------------------------------------------------------------------- The training loop
+# Without all that makes it fast and safe, training is this loop:
+#
+#     for step in range(max_steps):
+#         for _ in range(micro_steps):
+#             x, y = next(batches)             # (B, T) each: tokens, and those that come next
+#             loss = model(x, y) / micro_steps
+#             loss.backward()                  # adds the loss's gradient to each weight's .grad
+#         clip_grad_norm_(model.parameters(), 1.0)
+#         for group in optimizer.param_groups:
+#             group["lr"] = get_lr(step)
+#         optimizer.step()                     # changes each weight a little
+#         optimizer.zero_grad()
+#
+# A step of GPT-2 124M has 2^19 tokens (GPT-3, table 2.1), because the mean of many gradients is a
+# reliable direction. Memory holds fewer. So a step has several forward and backward passes, the
+# micro-steps, and each loss is divided by their number: the gradients add up to that of the mean.
+# The two functions below are this loop, for any number of workers, with checkpoints and a log.
 
 
 def accumulate_gradients(net: nn.Module, loader: DataLoaderLite, windows: range, micro_steps: int,
                          scaler: torch.amp.GradScaler, worker: Worker) -> Tensor:  # fmt: skip
-    """Run a step's windows forward and backward. Their gradients add up in each weight's .grad.
+    """Run this worker's share of a step's windows forward and backward.
 
-    Returns the mean loss, (). net: the model, perhaps compiled, and perhaps wrapped so that the
-    workers average their gradients. scaler: see `train`; only fp16 needs it.
-
-    A step of GPT-2 124M has 2^19 tokens (GPT-3, table 2.1), because the mean of many gradients is a
-    reliable direction. They do not fit into memory at once. So the windows of a step are divided
-    among the workers, and each worker divides its own among several forward and backward passes
-    ("micro-steps"). The weights change only after the last.
+    Returns this worker's loss, (). The mean over all workers is the loss of the step. net: the
+    model, perhaps compiled. With several workers, PyTorch's DistributedDataParallel is around it,
+    and backward() replaces the gradients by their mean over all workers. scaler: see `train`.
     """
     mine = split_range(windows, worker.world_size)[worker.rank]
     total = torch.zeros((), device=worker.device)
     for i, batch in enumerate(split_range(mine, micro_steps), start=1):
         x, y = worker.to_device(*loader.windows(batch))  # (B, T) each
-        # With several workers, backward() can average the gradients over all of them. This takes
-        # time, and once per step is enough. So it is switched on for the last micro-step only.
+        # The mean over the workers takes time, and after the last micro-step is early enough.
         net.require_backward_grad_sync = i == micro_steps
-        with worker.autocast():  # matrix products in bf16, if the device is fast at it
-            # net gives the mean loss of this batch, and backward() adds its gradients to those that
-            # are there. Their sum has to be the gradient of the mean over all windows. So each loss
-            # counts by its batch's share of the windows: 1 / micro_steps, if all are of one size.
+        with worker.autocast():  # matrix products in a format that is faster than fp32, or in fp32
+            # Usually this factor is 1 / micro_steps. If the windows do not divide evenly, a batch
+            # counts by its length. Times world_size, because the mean divides by that.
             loss = net(x, y) * (len(batch) * worker.world_size / len(windows))
         scaler.scale(loss).backward()
         total += loss.detach()
@@ -597,33 +602,31 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
           signals: Sequence[int] = ()) -> int:  # fmt: skip
     """Train the model, which is on worker.device. All files of the run go to cfg.log_dir.
 
-    worker: this process. By default the process is alone, on the CPU and in fp32. resume: go on
-    from the newest checkpoint in cfg.log_dir, if there is one. signals: when a signal handler
-    appends to this list, the loop finishes its step, saves a checkpoint and returns the signal's
-    number. After the last step it returns 0. Errors: ValueError; OSError; FloatingPointError if the
-    loss or the gradient is not finite.
+    worker: this process, by default alone, on the CPU, in fp32. resume: go on from the newest
+    checkpoint in cfg.log_dir, if there is one. signals: when a signal handler appends to this list,
+    the loop finishes its step, saves a checkpoint and returns the signal's number; otherwise 0.
+    Errors: ValueError; OSError; FloatingPointError if loss or gradient is not finite.
     """
     worker = worker or Worker()
     tokenizer = load_tokenizer(cfg.data_dir)
     T = cfg.seq_len or model.config.block_size
     n_windows = cfg.total_batch_size // T  # of a step, for all workers together
-    # net has the weights of the model, but it may be compiled, and its gradients are averaged over
-    # the workers. Evaluation uses the model itself: its inputs have many lengths, and net would be
-    # compiled again for each of them.
+    # Evaluation uses the model itself and not net: its inputs have many lengths, and a compiled net
+    # would be compiled again for each of them.
     net, B, micro_steps = prepare_net(model.train(), cfg, T, worker)
     loader = DataLoaderLite(
         cfg.data_dir, "train", B, T, worker.rank, worker.world_size, cfg.seed, tokenizer.n_vocab
     )
     optimizers = configure_optimizers(model, cfg, worker.dtype)
-    # In fp16, small gradients would become 0. The scaler multiplies the loss by a large factor, and
-    # unscale_() divides the gradients by it. In other formats the scaler does nothing.
+    # In the format fp16, small gradients would become 0. The scaler multiplies the loss by a large
+    # factor, and unscale_() divides the gradients by it. In other formats it does nothing.
     scaler = torch.amp.GradScaler(worker.device.type, enabled=worker.dtype == torch.float16)
     # run does all that is not learning: it evaluates, saves and restores checkpoints, and logs.
     run = Run(model, cfg, worker, tokenizer, loader, optimizers, scaler)
     first_step = run.restore() if resume else 0
     run.start_log(first_step)
 
-    signum = 0
+    signum = 0  # of the signal that stops the run
     for step in range(first_step, cfg.max_steps + 1):  # the last round only evaluates and saves
         finished = step == cfg.max_steps
         if (step % cfg.eval_every == 0 or finished) and not signum:
@@ -634,18 +637,18 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
             break
 
         began = time.perf_counter()
-        # Dropout draws from this seed. It follows from the step, so a resumed run draws the same
-        # masks. It differs between workers, so each of them draws its own.
+        # Dropout draws from this seed. The seed follows from the step, so a resumed run draws the
+        # same masks. It differs between workers, so each of them draws its own.
         torch.manual_seed((cfg.seed + step) * worker.world_size + worker.rank)
 
-        # 1. Find the direction: the gradient of the loss on the tokens of this step.
+        # 1. Find the gradient of the loss on the tokens of this step.
         windows = range(step * n_windows, (step + 1) * n_windows)
         loss = accumulate_gradients(net, loader, windows, micro_steps, scaler, worker)
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
 
         # 2. Bound it. All gradients together are seen as one long vector. If its length, the norm,
-        # is above grad_clip, they are scaled down, so one odd batch cannot throw the weights far.
+        # is above grad_clip, they are scaled down, so one odd batch cannot rule AdamW's averages.
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
 
         # 3. Let all workers agree. Each tells its loss, and the signal that told it to stop (0 if
@@ -653,15 +656,15 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
         losses, numbers = worker.gather(loss.item(), signals[0] if signals else 0).unbind(dim=1)
         signum = int(numbers.max())
         # A loss or gradient that is not finite would spoil every weight, so it ends the run. Only
-        # fp16 may overflow now and then. The step is skipped then.
+        # fp16 may overflow now and then. Then no optimizer takes this step.
         skip = run.must_skip(step, losses, norm)
 
-        # 4. Take the step, and forget its gradients.
+        # 4. Take the step, against the gradient, and forget it.
         lr = get_lr(step, cfg)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if not skip:  # scaler.step() would decide this for each optimizer by itself
+            if not skip:
                 optimizer.step()
             optimizer.zero_grad()
         scaler.update()
@@ -674,11 +677,11 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
 
 
 # ==============================================================================================
-# Part II: a run. GPT-2 is complete at this point. The functions that it borrows from below only do
-# what was said where they are called. What follows makes a training run convenient, fast and safe:
-# its options, files, workers and devices, evaluation, checkpoints and log, weights from and for
-# other programs, short cuts for a CPU, the optimizer Muon, and the command line, which at its end
-# calls train().
+# Part II: a run. GPT-2 is complete at this point. What it borrows from below has a name that says
+# what it does: `require` and `check_values` raise errors, `inference` switches off gradients and
+# dropout. What follows makes a training run convenient, fast and safe: its options, files, workers
+# and devices, evaluation, checkpoints and log, weights from and for other programs, shortcuts for a
+# CPU, the optimizer Muon, and the command line, which at its end calls train().
 # ==============================================================================================
 
 # ------------------------------------------------------------------------------------ Options
@@ -717,9 +720,6 @@ def check_values(config: GPTConfig | TrainConfig | SampleConfig) -> None:
             low = 0 if f.name in MAY_BE_0 else 1 if isinstance(value, int) else 1e-12
             high = AT_MOST.get(f.name, 2**40)
             require(low <= value <= high, f"{f.name}={value!r} is not from {low} to {high}")
-    if isinstance(config, GPTConfig):
-        C, nh = config.n_embd, config.n_head
-        require(C % nh == 0, f"n_embd={C} is not a multiple of n_head={nh}")
 
 
 @dataclass(frozen=True)
@@ -861,6 +861,22 @@ def open_shard(path: Path) -> np.ndarray:
 def shuffled(n: int, *key: int) -> list[int]:
     """The numbers 0 … n-1 in an order that follows from the key."""
     return np.random.default_rng(key).permutation(n).tolist()
+
+
+def find_window(number: int, counts: list[int], seed: int | None) -> tuple[int, int]:
+    """Which shard has a window, and where: (1, 0) is the first window of the second shard.
+
+    counts: the windows of each shard. With a seed, every epoch has another order of the shards, and
+    of the windows in each: perhaps windows 1, 0 of shard 1, then windows 2, 0, 1 of shard 0.
+    """
+    epoch, i = divmod(number, sum(counts))
+    n = len(counts)
+    for shard in range(n) if seed is None else shuffled(n, seed, epoch):
+        if i < counts[shard]:  # it is in this shard
+            break
+        i -= counts[shard]
+    # + 1, because for NumPy the seeds (a, b) and (a, b, 0) are the same.
+    return shard, i if seed is None else shuffled(counts[shard], seed, epoch, shard + 1)[i]
 
 
 def load_tokenizer(folder: str | Path) -> Encoding:
@@ -1034,8 +1050,7 @@ def start_worker(device: str = "auto", precision: str = "auto") -> Worker:
 
 def split_range(numbers: range, n: int) -> list[range]:
     """Split a range into n ranges, whose lengths differ by at most 1."""
-    ends = [len(numbers) * i // n for i in range(n + 1)]
-    return [numbers[start:end] for start, end in pairwise(ends)]
+    return [numbers[len(numbers) * i // n : len(numbers) * (i + 1) // n] for i in range(n)]
 
 
 def divide_step(cfg: TrainConfig, T: int, worker: Worker) -> tuple[int, int]:
@@ -1590,33 +1605,25 @@ def load_model(name: str | Path) -> tuple[GPT, Encoding]:
     return model.eval(), tokenizer
 
 
-# -------------------------------------------------------------------------- Short cuts for a CPU
-# They change how fast a CPU computes, and not what. The model touches each in one line.
+# --------------------------------------------------------------------------- Shortcuts for a CPU
+# They change how fast a CPU computes, and not what. The model touches each in one line. (Only
+# `inference` does more: it switches gradients and dropout off, on any device.)
 
 
-def fast_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """What `attention` computes, in the fastest way; also with a mask, or keys of a cache.
-
-    On a CPU in bf16, for short sequences, the formula is the fastest: a step of `quick` runs 1.25
-    times as fast as with PyTorch's kernel. A single query with a cache may see all keys, and needs
-    no mask.
-    """
+def formula_is_fast(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether `attention` is faster than PyTorch's function: on a CPU in bf16, for short sequences.
+    A step of `quick` then runs 1.25 times as fast."""
     short_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.size(2) <= 256
-    if short_on_cpu and mask is None:
-        return attention(q, k, v, dropout)
-    is_causal = mask is None and q.size(2) > 1
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=is_causal)
+    return short_on_cpu and mask is None
 
 
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross entropy of x·weightᵀ, (), for x (B, T, C), weight (V, C), targets (B, T)."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return ChunkedLoss.apply(x, weight, targets, torch.is_grad_enabled())
-    return F.cross_entropy(F.linear(x, weight).float().flatten(0, 1), targets.flatten())
+def loss_in_pieces(x: Tensor) -> bool:
+    """Whether ChunkedLoss is faster. torch.compile has to see plain operations."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """What head_loss says, for a CPU.
+    """The mean cross entropy of x·weightᵀ, (), for x (B, T, C), weight (V, C), targets (B, T).
 
     The B·T·V logits are by far the largest tensor of a step. Here only some rows of them exist at a
     time. Their gradient is used while they exist: forward() computes the gradients of x and weight

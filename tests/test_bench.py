@@ -378,8 +378,8 @@ def spoil(figure, by, model, monkeypatch):
         apply = train_gpt2.ChunkedLoss.apply
         monkeypatch.setattr(train_gpt2.ChunkedLoss, "apply", lambda *args: apply(*args) + by)
     elif figure == "gradients":
-        wte = model.transformer.wte.weight  # which has the largest gradient
-        wte.register_hook(lambda grad: grad + by * grad.abs().max() * (grad == grad.max()))
+        for p in model.parameters():  # one of which has the largest gradient
+            p.register_hook(lambda grad: grad + by * grad.abs().max() * (grad == grad.max()))
     else:
         generate = model.generate
         wrong = lambda *args, **settings: generate(*args, **settings) + int(by)  # noqa: E731

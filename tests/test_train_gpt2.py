@@ -245,16 +245,13 @@ def test_more_tokens_than_block_size_are_refused():
         tiny()(tokens(1, 33))
 
 
-def test_left_padded_rows_with_positions_and_mask_give_what_the_rows_alone_give():
-    model, lengths, T = tiny(), (3, 9, 12), 12
-    idx, rows = torch.zeros(3, T, dtype=torch.long), [tokens(n, seed=n) for n in lengths]
-    pos, mask = torch.zeros_like(idx), torch.ones(T, T, dtype=torch.bool).tril().repeat(3, 1, 1, 1)
-    for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
-        idx[i, T - n :], pos[i, T - n :] = row, torch.arange(n)
+def test_left_padded_rows_with_a_mask_give_what_the_rows_alone_give():
+    block, lengths, T = tiny(std=0.1).transformer.h[0], (3, 9, 12), 12
+    x, mask = torch.randn(3, T, 32), torch.ones(T, T, dtype=torch.bool).tril().repeat(3, 1, 1, 1)
+    for i, n in enumerate(lengths):
         mask[i, :, T - n :, : T - n] = False
-    together = model.hidden(idx, pos, mask)
-    for x, row, n in zip(together, rows, lengths, strict=True):
-        torch.testing.assert_close(x[T - n :], model.hidden(row[None])[0])
+    for together, row, n in zip(block(x, mask), x, lengths, strict=True):
+        torch.testing.assert_close(together[T - n :], block(row[None, T - n :])[0])
 
 
 def loss_and_gradients(loss, x, weight, targets):
