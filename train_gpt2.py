@@ -710,16 +710,14 @@ def check_values(config: GPTConfig | TrainConfig | SampleConfig) -> None:
     """Errors: ValueError that names the first value which is not allowed."""
     for f in fields(config):
         value = getattr(config, f.name)
-        kind = (int, float) if isinstance(f.default, float) else type(f.default)
-        require(
-            isinstance(value, kind), f"{f.name}={value!r} is not of type {type(f.default).__name__}"
-        )
         if choices := CHOICES.get(f.name):
             require(value in choices, f"{f.name}={value!r} is not one of {', '.join(choices)}")
-        elif not isinstance(value, str):
-            low = 0 if f.name in MAY_BE_0 else 1 if isinstance(value, int) else 1e-12
+        elif not isinstance(f.default, str):
+            kind = (int, float) if isinstance(f.default, float) else int
+            low = 0 if f.name in MAY_BE_0 else 1 if kind is int else 1e-12
             high = AT_MOST.get(f.name, 2**40)
-            require(low <= value <= high, f"{f.name}={value!r} is not from {low} to {high}")
+            fits = isinstance(value, kind) and low <= value <= high
+            require(fits, f"{f.name}={value!r} is not a number from {low} to {high}")
 
 
 @dataclass(frozen=True)
@@ -832,9 +830,8 @@ def find_shards(data_dir: str | Path, split: str) -> list[Path]:
     Errors: ValueError if there are none, or if fineweb.py has not finished the folder.
     """
     folder = Path(data_dir)
-    require(
-        folder.is_dir(), f"{folder}: no such folder (python fineweb.py --help says how to make one)"
-    )
+    how = "python fineweb.py --help says how to make one"
+    require(folder.is_dir(), f"{folder}: no such folder ({how})")
     finished = (folder / "meta.json").exists() or not (folder / "progress.json").exists()
     require(finished, f"{folder} is unfinished: repeat the fineweb.py command that began it")
     paths = [p for p in sorted(folder.glob("*.npy")) if re.match(rf"(.*_)?{split}_", p.name)]
@@ -883,9 +880,7 @@ def load_tokenizer(folder: str | Path) -> Encoding:
     """The tokenizer in a folder, or GPT-2's if there is none. Errors: ValueError, OSError."""
     try:
         import fineweb
-    except ModuleNotFoundError as e:
-        if e.name != "fineweb":
-            raise
+    except ModuleNotFoundError:
         its_own = Path(folder, "vocab.bpe").exists()
         require(not its_own, f"{folder} has its own tokenizer: reading it takes fineweb.py")
         return tiktoken.get_encoding("gpt2")
@@ -936,9 +931,9 @@ class Worker:
 
     def print(self, *lines: str) -> None:
         """Print, if this is the first worker. A full disk behind stdout does not end the run."""
-        if self.rank == 0:
+        for line in lines if self.rank == 0 else ():
             with suppress(OSError):
-                print(*lines, sep="\n", flush=True)
+                print(line, flush=True)
 
     def gather(self, *values: float) -> Tensor:
         """The values of every worker, float64 (world_size, n), once all of them have called it."""
@@ -1082,8 +1077,7 @@ def first_pass_fits(net: nn.Module, B: int, T: int, worker: Worker) -> bool:
     also has the gradients of earlier micro-steps and AdamW's two averages in memory."""
     fits, x = True, torch.zeros(B, T, dtype=torch.int64, device=worker.device)
     try:
-        n = sum(p.numel() for p in net.parameters())
-        others = torch.empty(3, n, device=worker.device)
+        others = [torch.empty_like(p) for p in net.parameters() for _ in range(3)]
         with worker.autocast():
             net(x, x).backward()
         del others
@@ -1103,6 +1097,7 @@ def prepare_net(model: GPT, cfg: TrainConfig, T: int, worker: Worker) -> tuple[n
     require(T <= limit, f"seq_len={T} is more than block_size={limit}")
     B, micro_steps = divide_step(cfg, T, worker)
     compiled = is_compiled(cfg, worker)
+    tries = compiled or worker.device.type == "cuda"
     net: nn.Module = torch.compile(model) if compiled else model
     if worker.world_size > 1:
         # The net is compiled inside of this, in parts. Then the gradients of one part are averaged
@@ -1110,14 +1105,11 @@ def prepare_net(model: GPT, cfg: TrainConfig, T: int, worker: Worker) -> tuple[n
         net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
     net.require_backward_grad_sync = False  # a worker without memory must not leave others waiting
     try:
-        while compiled or worker.device.type == "cuda":
-            if first_pass_fits(net, B, T, worker):
-                break
+        while tries and not first_pass_fits(net, B, T, worker):
             before = B
             cfg = replace(cfg, micro_batch_size=max(1, B // 2))
             B, micro_steps = divide_step(cfg, T, worker)
-            few = f"there is not enough memory for a batch of {before}: use a lower --seq_len"
-            require(B < before, few)
+            require(B < before, f"not enough memory for a batch of {B}: use a lower --seq_len")
             worker.print(f"memory is full: {B} sequences at once from now on")
     except (RuntimeError, ImportError) as e:  # what torch.compile needs is not on every machine
         if not compiled:
@@ -1227,11 +1219,16 @@ def save_checkpoint(log_dir: Path, keep_every: int, step: int, **state: Any) -> 
             steps[old].unlink()
 
 
-def build(config: GPTConfig, tensors: dict[str, Tensor]) -> GPT:
-    """The model of this shape that consists of these tensors. Errors: RuntimeError if their names
-    or shapes do not fit."""
+def build(config: GPTConfig, tensors: dict[str, Tensor], n_bytes: float = math.inf) -> GPT:
+    """The model of this shape that consists of these tensors, from files of n_bytes.
+
+    Errors: RuntimeError if their names or shapes do not fit; ValueError if the files are too small
+    to hold the weights. (In a file, a tensor may be one number that counts a million times.)
+    """
     with torch.device("meta"):  # shapes without numbers: this takes no memory
         model = GPT(config)
+    n = model.num_params()
+    require(2 * n <= n_bytes, f"the files hold fewer than the {n:,} parameters of the config")
     model.load_state_dict(tensors, assign=True)
     model.lm_head.weight = model.transformer.wte.weight
     return model
@@ -1253,9 +1250,7 @@ def load_checkpoint(path: str | Path) -> tuple[GPT, dict[str, Any]]:
             require(not marked, "its directory is damaged")
             require(archive.testzip() is None, "a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        model = build(GPTConfig(**state["config"]), state["model"])
-        holds_all = 4 * model.num_params() <= os.path.getsize(path)
-        require(holds_all, "it claims to hold more than it does")
+        model = build(GPTConfig(**state["config"]), state["model"], os.path.getsize(path))
         return model.float(), state
     except Exception as e:  # zip, pickle and torch each fail in their own ways
         reason = (str(e) or repr(e)).splitlines()[0]
@@ -1301,8 +1296,7 @@ class Run:
         self.log_dir = Path(cfg.log_dir)
         self.skipped = 0  # steps in a row
         self.seconds = 0.0  # of all steps so far
-        self.best_loss, self.best_step = math.inf, 0  # of all evaluations so far
-        self.best_saved = True
+        self.best = math.inf, 0  # the lowest validation loss, and its step: inf if hf/ lacks it
         check_vocabulary(model, tokenizer)
         encode_prompt(cfg.sample_prompt, model, tokenizer)  # an error comes now, not later
         sizes = loader.B, loader.T, worker.rank, worker.world_size, cfg.seed, tokenizer.n_vocab
@@ -1321,33 +1315,29 @@ class Run:
         val_loss, bits = evaluate(model, self.val_loader, cfg.val_tokens, self.tokenizer, worker)
         if not math.isfinite(val_loss):
             raise FloatingPointError(f"step {step}: the validation loss is {val_loss}")
-        scores = {}
+        self.best = min(self.best, (val_loss, step))
+        record = dict(step=step, val_loss=val_loss, bits_per_byte=bits, best_step=self.best[1])
         if self.examples:
-            scores = self.hellaswag.evaluate(model, self.tokenizer, self.examples, worker)
-        if val_loss < self.best_loss:
-            self.best_loss, self.best_step = val_loss, step
-        self.log(
-            step=step, val_loss=val_loss, bits_per_byte=bits, best_step=self.best_step, **scores
-        )
+            record |= self.hellaswag.evaluate(model, self.tokenizer, self.examples, worker)
+        self.log(**record)
         if worker.rank == 0:
             with only_warn(), whole_file(self.log_dir / "loss.png") as file:
                 import life
 
                 life.plot_log(read_log(self.log_dir), file)
-            samples = sample_texts(
-                model, self.tokenizer, worker, cfg.sample_prompt, n=4, seed=cfg.seed,
-                max_new_tokens=32, top_k=50,
-            )  # fmt: skip
+            how = dict(n=4, seed=cfg.seed, max_new_tokens=32, top_k=50)
+            samples = sample_texts(model, self.tokenizer, worker, cfg.sample_prompt, **how)
             worker.print(*(f"  {text!r}" for text in samples))
-            if step == self.best_step:
-                self.best_saved = False
+            if self.best == (val_loss, step):
+                self.best = val_loss, math.inf
                 with only_warn():
                     model.save_pretrained(self.log_dir / "hf", self.tokenizer)
-                    self.best_saved = True
+                    self.best = val_loss, step
 
     def finish(self) -> None:
         """Say what the run leaves behind. Errors: OSError if the best model could not be saved."""
-        if not self.best_saved:
+        _, best_step = self.best
+        if best_step == math.inf:
             raise OSError(f"{self.log_dir}/hf lacks the best model, as it could not be written")
         if self.worker.rank == 0:
             with only_warn(ValueError):
@@ -1355,11 +1345,11 @@ class Run:
 
                 page = self.log_dir / "life.html"
                 life.write_page(*load_model(self.log_dir), page, name=self.cfg.log_dir)
-        which = f"in hf/ the model of step {self.best_step}, whose validation loss is the lowest"
+        which = f"in hf/ the model of step {best_step}, whose validation loss is the lowest"
         self.worker.print(
             f"{self.log_dir} has log.jsonl, loss.png, life.html, checkpoints, and {which}"
         )
-        if self.best_step < self.cfg.max_steps:
+        if best_step < self.cfg.max_steps:
             self.worker.print("later models are worse: fewer steps or more text would help")
 
     def save(self, step: int) -> None:
@@ -1370,8 +1360,7 @@ class Run:
                 save_checkpoint(
                     self.log_dir, 10 * self.cfg.checkpoint_every, step,
                     config=asdict(self.model.config), train_config=asdict(self.cfg),
-                    model=self.model.state_dict(), scaler=self.scaler.state_dict(),
-                    best_loss=self.best_loss, best_step=self.best_step, best_saved=self.best_saved,
+                    model=self.model.state_dict(), scaler=self.scaler.state_dict(), best=self.best,
                     optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
                 )  # fmt: skip
 
@@ -1388,25 +1377,18 @@ class Run:
             optimizer = state["train_config"]["optimizer"]
             require(optimizer == self.cfg.optimizer, f"{path} is of a run with {optimizer}")
             self.model.load_state_dict(saved.state_dict())
-            for mine, saved_state in zip(self.optimizers, state["optimizers"], strict=True):
-                decay = [group["weight_decay"] for group in mine.param_groups]
-                mine.load_state_dict(saved_state)
-                for group, weight_decay in zip(mine.param_groups, decay, strict=True):
-                    group["weight_decay"] = weight_decay  # cfg may have another than before
+            for mine, theirs in zip(self.optimizers, state["optimizers"], strict=True):
+                groups = mine.state_dict()["param_groups"]  # cfg may have another weight decay
+                mine.load_state_dict(theirs | {"param_groups": groups})
             if state["scaler"]:  # it is empty unless the run was in fp16
                 self.scaler.load_state_dict(state["scaler"])
-            old = f"{path} is of an earlier version of this program, which cannot be resumed"
-            require("best_saved" in state, old)
-            step = state["step"]
-            self.best_loss, self.best_step = state["best_loss"], state["best_step"]
-            self.best_saved = state["best_saved"]
+            require("best" in state, f"{path} is of an earlier version, and cannot be resumed")
+            step, self.best = state["step"], state["best"]
         steps, end = self.worker.gather(step).unique().tolist(), self.cfg.max_steps
         differ = f"{self.log_dir}: the workers found checkpoints of different steps: {steps}"
         require(len(steps) == 1, differ)
-        beyond = f"{self.log_dir} has a checkpoint of step {step}, but max_steps is {end}"
-        require(step <= end, beyond)
-        resumed = f"resumed at step {step}"
-        self.worker.print(resumed if found else "no checkpoint yet: starts at step 0")
+        require(step <= end, f"{self.log_dir} is at step {step} already, but max_steps is {end}")
+        self.worker.print(f"resumed at step {step}" if found else "no checkpoint: starts at step 0")
         return step
 
     def must_skip(self, step: int, losses: Tensor, norm: float) -> bool:
@@ -1444,7 +1426,7 @@ class Run:
         )  # fmt: skip
         worker.print(*(f"{key}: {value}" for key, value in facts.items()))
         if worker.rank == 0:
-            for pattern in ("checkpoint_*.tmp", "*.png.tmp", "hf/*.tmp"):
+            for pattern in ("checkpoint_*.tmp", "*.png.tmp", "*.html.tmp", "hf/*.tmp"):
                 for half_written in self.log_dir.glob(pattern):
                     half_written.unlink()
             for path in [Path(cfg.data_dir, name) for name in TOKENIZER_FILES]:
@@ -1508,44 +1490,41 @@ def local_folder(name: str | Path) -> Path:
     return folder
 
 
+# Each of these changes what the weights compute, and in GPT-2 it has one value only.
+FIXED = dict(
+    model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
+    scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
+)  # fmt: skip
+
+
 def load_hugging_face(name: str | Path) -> GPT:
     """See GPT.from_pretrained. The files hold tensors, and nothing in them is executed."""
     from safetensors.torch import load_file
 
     load_bin = functools.partial(torch.load, map_location="cpu", weights_only=True)
-    patterns = ("model.safetensors", "model-*-of-*.safetensors",
-                "pytorch_model.bin", "pytorch_model-*-of-*.bin")  # fmt: skip
-    # Each of these changes what the weights compute, and in GPT-2 it has one value only.
-    fixed = dict(
-        model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
-        scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True,
-    )  # fmt: skip
     try:
         folder = local_folder(name)
-        c = fixed | json.loads((folder / "config.json").read_text("utf-8"))
-        others = [f"{key}={c[key]}" for key in fixed if c[key] != fixed[key]]
+        c = FIXED | json.loads((folder / "config.json").read_text("utf-8"))
+        others = [f"{key}={c[key]}" for key in FIXED if c[key] != FIXED[key]]
         require(not others, f"its {', '.join(others)} is not GPT-2's")
-        shape = dict(block_size=c.get("n_positions"), vocab_size=c.get("vocab_size"))
-        shape |= {key: c.get(key) for key in ("n_layer", "n_head", "n_embd")}
-        files = next((f for p in patterns if (f := sorted(folder.glob(p)))), [])
+        shape = [c.get(k) for k in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")]
+        # A large model is in several files, and an older one in pytorch_model.bin.
+        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_*.bin"))
         require(len(files) > 0, "there is no model.safetensors and no pytorch_model.bin")
         load = load_bin if files[0].suffix == ".bin" else load_file
-        tensors = {name: t for file in files for name, t in load(file).items()}
         # OpenAI's names lack the prefix, and its causal masks are not weights.
-        masks = (".attn.bias", ".attn.masked_bias")
         tensors = {
             f"transformer.{name.removeprefix('transformer.')}": t
-            for name, t in tensors.items() if not name.endswith(masks)
+            for file in files for name, t in load(file).items()
+            if not name.endswith((".attn.bias", ".attn.masked_bias"))
         }  # fmt: skip
         head = tensors.pop("transformer.lm_head.weight", None)
         if head is not None:  # some programs keep only one of the two
             wte = tensors.setdefault("transformer.wte.weight", head)
             require(torch.equal(head, wte), "its lm_head differs from wte; in GPT-2 they are one")
         tensors["lm_head.weight"] = tensors.get("transformer.wte.weight")
-        model = build(GPTConfig(**shape), transpose_conv1d(tensors))
-        too_few = f"the files hold fewer than the {model.num_params():,} parameters of config.json"
-        require(sum(f.stat().st_size for f in files) >= 2 * model.num_params(), too_few)
-        return model.float()
+        n_bytes = sum(file.stat().st_size for file in files)
+        return build(GPTConfig(*shape), transpose_conv1d(tensors), n_bytes).float()
     except Exception as e:  # the hub, safetensors and torch each fail in their own ways
         reason = " ".join((str(e) or repr(e)).split())
         raise ValueError(
@@ -1562,11 +1541,10 @@ def save_hugging_face(model: GPT, folder: Path, tokenizer: Encoding | None) -> N
     c, tensors = model.config, model.transformer.state_dict(prefix="transformer.")
     eot = tokenizer.eot_token if tokenizer else None
     n_vocab = tokenizer.n_vocab if tokenizer else c.vocab_size
-    config = dict(
-        model_type="gpt2", architectures=["GPT2LMHeadModel"], activation_function="gelu_new",
+    config = FIXED | dict(
+        architectures=["GPT2LMHeadModel"], dtype="float32", bos_token_id=eot, eos_token_id=eot,
         n_positions=c.block_size, vocab_size=n_vocab, n_layer=c.n_layer, n_head=c.n_head,
         n_embd=c.n_embd, embd_pdrop=c.dropout, attn_pdrop=c.dropout, resid_pdrop=c.dropout,
-        layer_norm_epsilon=1e-5, bos_token_id=eot, eos_token_id=eot, dtype="float32",
     )  # fmt: skip
     for name in [name for name in tensors if name.endswith("weight") and "wpe" not in name]:
         tensors.setdefault(name.replace("weight", "bias"), torch.zeros(len(tensors[name])))
@@ -1898,8 +1876,7 @@ def fit_to_corpus(cfg: TrainConfig, model: GPT, worker: Worker) -> TrainConfig:
     """
     T = cfg.seq_len or model.config.block_size
     n_tokens = T * DataLoaderLite(cfg.data_dir, "train", 1, T).n_windows
-    tokens_read = cfg.max_steps * cfg.total_batch_size
-    if n_tokens >= model.num_params() or tokens_read <= 3 * n_tokens:
+    if n_tokens >= model.num_params() or cfg.max_steps * cfg.total_batch_size <= 3 * n_tokens:
         return cfg
     steps = min(cfg.max_steps, max(1, 7 * n_tokens // cfg.total_batch_size))
     decay = 10 * cfg.weight_decay
@@ -1927,17 +1904,15 @@ def safe_device(cfg: TrainConfig, shape: GPTConfig) -> str:
 def collect_signals() -> Iterator[list[int]]:
     """Inside, Ctrl-C and SIGTERM do not end the process. Their numbers come into this list."""
     received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_signal(number: int, frame: Any) -> None:
         received.append(number)
         # A second Ctrl-C does not wait for a checkpoint. A second SIGTERM does: a scheduler sends
         # it to every process, and torchrun then once more to its workers.
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for number in before:
-            signal.signal(number, on_signal)
         yield received
     finally:
         for number, handler in before.items():
@@ -1952,32 +1927,28 @@ def execute(flags: dict[str, Any]) -> int:
     resume, given = flags.get("resume", False), flags.get("log_dir")
     has_shards = any(Path(TrainConfig.data_dir).glob("*train_*.npy"))
     preset = flags.get("preset") or ("gpt2" if has_shards or "init" in flags else "quick")
-    shape, cfg = (with_flags(config, flags) for config in PRESETS[preset])
     names = [given] if given else [f"log/{preset}", *(f"log/{preset}-{i}" for i in range(2, 1000))]
     runs = [name for name in names if resume and Path(name, "log.jsonl").exists()]
-    changes = []
+    changes: list[str] = []
     starts = [r for r in read_log(runs[-1]) if "train_config" in r] if runs else []
     if starts:  # what is not given is as in the run so far, and not as in the preset
         own = starts[-1]["config"] | starts[-1]["train_config"]
-        shape, cfg = (with_flags(config, own | flags) for config in (shape, cfg))
-        changes = [f"{k} was {own[k]!r}, now it is {flags[k]!r}" for k in own.keys() & flags.keys()
-                   if own[k] != flags[k] and k != "log_dir"]  # fmt: skip
-        flags = {"vocab_size": shape.vocab_size} | flags
+        changed = [key for key in own if key in flags and own[key] != flags[key]]
+        changes = [f"{key} was {own[key]!r}, now it is {flags[key]!r}" for key in changed]
+        flags = own | flags
+    shape, cfg = (with_flags(config, flags) for config in PRESETS[preset])
     worker = start_worker(safe_device(cfg, shape), cfg.precision)
-    for change in changes:
-        worker.print(change)
+    worker.print(*changes)
     cfg = replace(cfg, log_dir=runs[-1] if runs else take_log_dir(names, worker))
     if preset == "quick" and not flags.keys() & {"preset", "data_dir"} and not runs:
         worker.print("no shards in edu_fineweb10B (python fineweb.py makes them): preset quick")
     log = Path(cfg.log_dir, "log.jsonl")
     with locked(log) if worker.rank == 0 else nullcontext():
         try:
-            on_stdlib = cfg.data_dir == PRESETS["quick"][1].data_dir and "data_dir" not in flags
-            if on_stdlib and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            if preset == "quick" and "data_dir" not in flags:
                 import fineweb
 
-                fineweb.prepare_stdlib(cfg.data_dir)
-            worker.gather(0)  # the others wait here
+                fineweb.prepare_stdlib(cfg.data_dir)  # one worker makes it, the others wait
             for split in ("train", "val"):  # an error in these is clearer than one that they cause
                 find_shards(cfg.data_dir, split)
             model = make_model(flags, shape, cfg).to(worker.device)
