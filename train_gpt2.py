@@ -1625,10 +1625,14 @@ class ChunkedLoss(torch.autograd.Function):
             logits = x[i : i + rows] @ weight.T  # (rows, V)
             pieces = zip(logits.split(few), targets[i : i + rows].split(few), strict=True)
             for z, target in pieces:  # (few, V), (few, 1)
-                log_p = z.float().log_softmax(dim=1)  # sums over V terms need fp32
-                loss -= log_p.gather(1, target).sum()
+                full = z.float()  # sums over V terms need fp32
+                p = full.softmax(dim=1)
+                # For every token ln Σ e^z is z - ln p. We take the likeliest one, because the p of
+                # the target may be too small for fp32. The loss of the target is ln Σ e^z - z.
+                log_sum = full.amax(dim=1) - p.amax(dim=1).log()  # (few,)
+                loss += log_sum.sum() - full.gather(1, target).sum()
                 if learns:  # the gradient takes the place of the logits: p, minus 1 at the target
-                    z.copy_(log_p.exp_().scatter_add_(1, target, -torch.ones_like(log_p[:, :1])))
+                    z.copy_(p.scatter_add_(1, target, -torch.ones_like(p[:, :1])))
             if learns:
                 x_grad[i : i + rows] = logits @ weight
                 product = logits.T @ x[i : i + rows]  # (V, C)
@@ -1639,8 +1643,10 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * (grad / ctx.N), weight_grad * (grad / ctx.N), None, None
+        # In place, so no copy of weight_grad is made while all activations are still in memory. A
+        # second backward() then is an error, as PyTorch notices the change.
+        scale = grad / ctx.N
+        return *(t.mul_(scale) for t in ctx.saved_tensors), None, None
 
 
 @contextmanager
