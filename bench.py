@@ -420,12 +420,12 @@ def generate(kind: str, model: nn.Module, worker: Worker, B: int, n: int) -> Non
 
 
 def generating(kind: str, worker: Worker) -> Iterator[Turn]:
-    """A turn writes one text and then four at once in worker.dtype, and one text in fp32."""
+    """A turn writes one text and then four at once, in worker.dtype and in fp32."""
     jobs = {}
     for dtype in dict.fromkeys((worker.dtype, torch.float32)):
         model = build_model(kind, CONFIG, worker.device).eval()
         model = model.to(dtype) if kind == "transformers" else model
-        for B in (1, 4) if dtype == worker.dtype else (1,):
+        for B in (1, 4):
             jobs[B, dtype] = partial(generate, kind, model, replace(worker, dtype=dtype), B)
             jobs[B, dtype](2)  # a warm-up
     n_weights = sum(p.numel() for name, p in model.named_parameters() if "wpe" not in name)
@@ -535,6 +535,7 @@ def plain_shards(paths: list[str], folder: str) -> None:
 def sharding(kind: str, path: Path) -> Iterator[Turn]:
     """A turn makes the shards of one file, into an empty folder."""
     prepare = fineweb.prepare_files if kind == "ours" else plain_shards
+    fineweb.load_tokenizer()  # it takes a second, and is kept
     while True:
         with tempfile.TemporaryDirectory() as folder:
             took = seconds(partial(prepare, [str(path)], folder))

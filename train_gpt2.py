@@ -1611,9 +1611,10 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, learns: bool) -> Tensor:
-        shape, dtype = x.shape, weight.dtype
+        shape = x.shape
         x = x.flatten(0, 1)  # (N, C)
-        x_grad, weight_grad = torch.empty_like(x), torch.empty(0)
+        x_grad = torch.empty_like(x)
+        weight_grad = torch.zeros_like(weight if learns else weight[:0])
         targets = targets.flatten()[:, None]  # (N, 1)
         if torch.is_autocast_enabled("cpu"):
             x, weight = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight))
@@ -1636,7 +1637,8 @@ class ChunkedLoss(torch.autograd.Function):
             if learns:
                 x_grad[i : i + rows] = logits @ weight
                 product = logits.T @ x[i : i + rows]  # (V, C)
-                weight_grad = weight_grad.add_(product) if i > 0 else product.to(dtype)
+                for total, part in zip(weight_grad.split(1024), product.split(1024), strict=True):
+                    total += part  # in parts, because adding bf16 to fp32 first makes fp32 of it
         ctx.save_for_backward(x_grad.view(shape), weight_grad)
         return loss / ctx.N
 
