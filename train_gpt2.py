@@ -6,7 +6,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt2.py    trains GPT-2 124M on them
 
 Read it from top to bottom. Its first part is GPT-2 itself, in the order in which one learns it. Its
-second part is the machinery of a training run. `--help` lists the options.
+second part is the machinery of a training run; the first part calls some of its functions by name.
 
 Notation in all files of this project:
     B   sequences in a batch                     nh  attention heads in a block (n_head)
@@ -16,7 +16,7 @@ Notation in all files of this project:
 A comment like # (B, T, C) gives the shape of the tensor that its line makes; () is one number.
 
 A language model reads text as tokens. A token is a frequent piece of text, and the model sees only
-its number, the id. Byte-pair encoding (BPE) chose these pieces. It starts from the 256 bytes, each
+its number, the id. Byte-pair encoding (BPE) chooses the pieces. It starts from the 256 bytes, each
 of which is a token, so any text can be written in tokens. Then it takes a large text that is cut
 into words, each with the space before it. It finds the pair of neighbouring tokens that is most
 frequent within the words, and merges it into a new token. It repeats this 50,000 times. In the end
@@ -47,12 +47,12 @@ z. The softmax function turns them into probabilities that sum to 1:
 
 Training shows the model text whose next tokens are known. The loss at a position is -ln p, where p
 is the probability that the model gave to the true next token. The gradient of the loss says, for
-each weight, by how much the loss rises, per unit, if the weight grows a little. PyTorch records all
+each weight, how fast the loss rises when the weight grows a little. PyTorch records all
 operations from the weights to the loss, and the method `backward` goes back through them by the
 chain rule. One backward pass gives the gradient for all weights. Then each weight takes a small
 step in the direction in which the loss falls. Before training the loss is near 11, as if all tokens
-were equally likely. OpenAI's GPT-2 small reaches 3.29 on web text (FineWeb-Edu; published by
-build-nanogpt). It is then as unsure as if it chose among e^3.29 = 27 equally likely tokens.
+were equally likely. OpenAI's GPT-2 small reaches 3.29 on the text of FineWeb-Edu, according to
+Karpathy's build-nanogpt. It is then as unsure as among e^3.29 = 27 equally likely tokens.
 
 The papers: "GPT-2" is Radford et al. 2019, Language Models are Unsupervised Multitask Learners.
 "GPT-3" is Brown et al. 2020, arXiv:2005.14165. It has the details of training that GPT-2 lacks.
@@ -96,7 +96,7 @@ class GPTConfig:
     # The longest sequence that the model can read, in tokens.
     block_size: int = 1024
     # The number of tokens: 256 bytes, 50000 merges and <|endoftext|>, which comes before each text.
-    # By default, training takes the tokenizer's number, rounded up to a multiple of 128.
+    # By default, training takes the tokenizer's number, rounded up to a multiple of 128 for speed.
     vocab_size: int = 50257
     # The number of blocks.
     n_layer: int = 12
@@ -104,9 +104,9 @@ class GPTConfig:
     n_head: int = 12
     # The length of a token's vector, in channels. It has to be a multiple of n_head.
     n_embd: int = 768
-    # The share of numbers that dropout sets to 0 in training, so that no text is learned by heart.
+    # The share of numbers that dropout sets to 0 in training, to make learning by heart harder.
     dropout: float = 0.0
-    # Whether the Linear and LayerNorm layers add a learned vector, their bias.
+    # Whether LayerNorm and Linear layers (but lm_head) add a learned vector, their bias.
     bias: bool = True
 
     def __post_init__(self) -> None:
@@ -118,11 +118,11 @@ class GPTConfig:
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """softmax(q·kᵀ / √hs + mask)·v, for queries, keys and values of (B, nh, T, hs) each.
 
-    Vaswani et al. 2017, arXiv:1706.03762, section 3.2. Returns (B, nh, T, hs). A token's query, key
-    and value are its vector times three learned matrices. The query says what the token looks for,
-    and the key says what it offers. Their dot product is a score for how well they match. The value
-    is what the token hands over. This happens nh times side by side, in the attention heads, each
-    of which can look for something different. One head with T = 3:
+    Vaswani et al. 2017, arXiv:1706.03762, section 3.2. Returns (B, nh, T, hs). Three Linear layers
+    make a query, a key and a value from a token's vector. The query says what the token looks for,
+    and the key what it offers. The dot product of a query and a key is a score for how well they
+    match. The value is what the token hands over. This happens nh times side by side, in the
+    attention heads, each of which can look for something different. One head with T = 3:
 
                   q·kᵀ / √hs + mask          attention weights: the softmax of each row
                   The    cat    sat          The    cat    sat
@@ -149,25 +149,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
 
 
 class CausalSelfAttention(nn.Module):
-    """Lets every token gather information from itself and the tokens before it: (B, T, C) again."""
+    """Lets a token gather from itself and the tokens before it. Takes and returns (B, T, C)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        # The names are OpenAI's. c_ stands for convolution: one of width 1 is a Linear layer. One
+        # The names are OpenAI's. c_ stands for convolution, which at width 1 is a Linear layer. One
         # matrix makes queries, keys and values, because one large product is faster than three.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None):
-        """Training gives x alone. cache is for writing text, and mask for hellaswag.py: it is True
-        where a query (row) may look at a key (column), if that is not the usual triangle."""
+        """Training gives x alone. cache is for writing text: see KVCache. mask, for hellaswag.py,
+        takes the triangle's place: True where a query (row) may look at a key (column)."""
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         # The channels are cut into nh heads. @ multiplies the last two dimensions, so nh has to
-        # stand before them. No number moves: view and transpose only index the memory otherwise.
+        # stand before them. No number moves: view and transpose only re-index the memory.
         hs = C // self.n_head
         q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
@@ -178,9 +178,9 @@ class CausalSelfAttention(nn.Module):
         if formula_is_fast(q, mask):
             y = attention(q, k, v, dropout)  # (B, nh, T, hs)
         else:
-            # PyTorch computes the same in one call, which is faster on a GPU and for long
-            # sequences. It may use FlashAttention (arXiv:2205.14135), which never holds a whole
-            # (T, T) matrix. A single query is that of the last token, and may look at all keys.
+            # PyTorch computes the same in one call. It is slower only for short sequences in bf16
+            # on a CPU. It may use FlashAttention (arXiv:2205.14135), which never holds a whole
+            # (T, T) matrix. If T = 1, the query is the last token's, and may look at all keys.
             is_causal = mask is None and T > 1
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # the results of all heads, side by side
@@ -188,11 +188,11 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Computes something from each token's vector, without looking at the other tokens.
+    """A multilayer perceptron, which computes from each token's vector alone.
 
-    Takes and returns (B, T, C). c_fc takes the dot product of the vector with 4C learned patterns.
-    GELU keeps the matches and drops the rest. For each match, c_proj adds a learned vector to the
-    result, the larger the better the match. The factor 4 is that of Vaswani et al.
+    Takes and returns (B, T, C). c_fc (fully connected) takes the dot product of the vector with 4C
+    learned patterns. GELU keeps the matches and drops the rest. For each match, c_proj adds a
+    learned vector, scaled by the match. The factor 4 is that of Vaswani et al.
 
     GELU (arXiv:1606.08415) is x·Φ(x), where Φ(x) is the share of the standard normal distribution
     below x. It is a smooth form of ReLU, max(x, 0). ReLU has no gradient for negative x. GELU still
@@ -269,13 +269,13 @@ class GPT(nn.Module):
     def hidden(self, idx: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Returns the residual stream after ln_f, (B, T, C), for token ids idx (B, T).
 
-        Training gives idx alone. caches: see `generate`; one for each block, with what it has kept
-        of the tokens before idx. Errors: ValueError if there are more than block_size tokens.
+        Training gives idx alone. caches: for writing text, a KVCache for each block, which has read
+        the tokens before idx. Errors: ValueError if there are more than block_size tokens.
         """
         start = caches[0].n_tokens if caches else 0
         end, limit = start + idx.size(1), self.config.block_size
         require(end <= limit, f"{end} tokens are more than block_size={limit}")
-        pos = torch.arange(start, end, device=idx.device)  # (T,): 0, 1, 2, …
+        pos = torch.arange(start, end, device=idx.device)  # (T,): in training 0, 1, …, T - 1
         # A look-up takes a row out of a table. wpe is a learned table as well, and it ends at
         # block_size. Positions are needed because a weighted sum has no order. Without them, an
         # attention layer would see the tokens before a token as an unordered bag.
@@ -313,9 +313,9 @@ class GPT(nn.Module):
         """Draw matrices from a normal distribution of standard deviation 0.02, or less for c_proj.
 
         Biases are 0, and the weights of LayerNorms stay 1. 0.02 is OpenAI's choice (its code has
-        0.01 for wpe). It keeps the first logits small, so no token starts as a favourite, and the
-        first loss is little more than the ln V of equally likely tokens. (For GPT-2 small a logit
-        has variance 0.02²·C = 0.307. This adds half of it, and the loss is 10.825 + 0.154 = 10.98.)
+        0.01 for wpe). It keeps the first logits small, so the first loss is little more than the
+        ln V of equally likely tokens. (In GPT-2 small a logit has variance 0.02²·C = 0.307. The ln
+        of the mean of e^z is half of that, so the loss is 10.825 + 0.154 = 10.98.)
 
         Each of the 2L sublayers (attention and MLP of every block) ends in a c_proj that adds to
         the stream. Variances of independent terms add up, so the stream would grow with depth. We
@@ -345,15 +345,15 @@ class GPT(nn.Module):
                 idx = torch.cat((idx, token), dim=1)
 
         The form below gives the same tokens, up to rounding. It is faster, because each block keeps
-        what it has computed from the tokens so far, in a cache, and reads only the new one.
-        settings are the arguments of `sample`. stop: a row that has drawn this token repeats it to
-        the end. n_vocab: only ids below it are drawn. Errors: ValueError if idx is empty.
+        in a cache what it has computed so far, and reads only the new token. settings: see
+        `sample`, below. stop: a row that has drawn this token repeats it to the end. n_vocab: only
+        ids below it are drawn, if wte has more rows. Errors: ValueError if idx is empty.
         """
         require(idx.size(1) > 0, "the prompt is empty: it needs at least one token")
         block_size = self.config.block_size
         caches = [KVCache(block_size) for _ in self.transformer.h]
         ended = torch.zeros_like(idx[:, :1], dtype=torch.bool)  # (B, 1)
-        with inference(self, rows=len(idx)):  # no gradients, no dropout
+        with inference(self, rows=len(idx)):  # no gradients, no dropout; rows is for speed
             for _ in range(max_new_tokens):
                 if idx.size(1) <= block_size:
                     x = self.hidden(idx[:, caches[0].n_tokens :], caches)  # (B, new, C)
@@ -422,9 +422,9 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
 
     First, the temperature divides the logits. At 1, each token is drawn with the probability that
     the model gives it. Below 1, likely tokens become likelier still, and at 0 the likeliest is
-    always taken ("greedy"). Then top_k keeps the k likeliest tokens. Of these, top_p
-    (arXiv:1904.09751) keeps the likeliest few whose probabilities add up to at least top_p. With
-    top_p=0.7:
+    always taken ("greedy"). Then top_k keeps the k likeliest tokens, whose probabilities again add
+    up to 1. Of these, top_p (arXiv:1904.09751) keeps as few of the likeliest as add up to at least
+    top_p. With top_p=0.7:
 
         probability                  .5    .3    .15   .05
         sum of those before it        0    .5    .8    .95
@@ -448,7 +448,7 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
 
 def configure_optimizers(model: GPT, cfg: TrainConfig, dtype: torch.dtype = torch.float32,
                          ) -> list[torch.optim.Optimizer]:  # fmt: skip
-    """AdamW (arXiv:1711.05101) for all weights, or for those that Muon does not take.
+    """The optimizer AdamW (arXiv:1711.05101).
 
     The plain way would be weight ← weight - lr·g, with the gradient g and a small number lr, the
     learning rate. But gradients of different weights differ a thousandfold in size, and no lr suits
@@ -457,17 +457,16 @@ def configure_optimizers(model: GPT, cfg: TrainConfig, dtype: torch.dtype = torc
 
         m ← 0.9·m + 0.1·g        v ← 0.95·v + 0.05·g²        weight ← weight - lr·m / (√v + 1e-8)
 
-    (Both start at 0, which AdamW corrects for in its first steps.) m / √v is between -1 and 1 or
-    near that, whatever the size of the gradients. So a step has at most about the size lr. It is
-    smaller where the gradients of different batches disagree.
+    (Both start at 0. Step t = 1, 2, … corrects for that: it divides them by 1 - 0.9^t and
+    1 - 0.95^t.) m / √v is between -1 and 1 or near that, whatever the size of the gradients. So a
+    weight moves by about lr at most, and by less where the gradients of different batches disagree.
 
     Weight decay multiplies a weight by 1 - lr·weight_decay in each step, which keeps matrices from
-    growing without end. The vectors (biases, and weights of LayerNorms) do not decay: they are few,
-    and a LayerNorm weight that is pulled to 0 would silence its channel. In GPT-2 small 50 matrices
-    decay, and 98 vectors do not.
+    growing without end. Vectors (biases, LayerNorm's weights) do not decay: they are few, and a
+    LayerNorm weight that is pulled to 0 would silence its channel. (GPT-2 small has 98 of them.)
 
     The preset `quick`, for a laptop, has a newer optimizer for the matrices of the blocks, Muon,
-    which has a section of its own. dtype is the precision of Muon's products.
+    which has a section of its own. (`--optimizer adamw` trains without it.) dtype is for Muon.
     """
     muon: list[Tensor] = []
     if cfg.optimizer == "muon":
@@ -476,7 +475,7 @@ def configure_optimizers(model: GPT, cfg: TrainConfig, dtype: torch.dtype = torc
     rest = [p for p in model.parameters() if p not in taken]
     matrices = dict(params=[p for p in rest if p.dim() >= 2], weight_decay=cfg.weight_decay)
     vectors = dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)
-    # fused=True updates a tensor in one pass over memory.
+    # train() sets the learning rate. fused=True updates a tensor in one pass over memory.
     adamw = torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.95), eps=1e-8, fused=True)
     return [adamw, Muon(muon, cfg.weight_decay, dtype)] if muon else [adamw]
 
@@ -486,8 +485,8 @@ def get_lr(step: int, cfg: TrainConfig) -> float:
 
     It starts low, because AdamW's averages still rest on few gradients, and large steps in a wrong
     direction do harm. It does not start at 0, as that step would be wasted. Then it falls, because
-    small steps come nearer to a minimum, over which large ones jump. For GPT-2 124M it rises for
-    715 steps (375M tokens, as in GPT-3) to max_lr = 6e-4, and falls to a tenth of that at the end.
+    small steps settle into a minimum that large ones jump over. For GPT-2 124M it rises for 715
+    steps (375M tokens, as in GPT-3) to max_lr = 6e-4, and falls to a tenth of that at the end.
     """
     if step < cfg.warmup_steps:
         return cfg.max_lr * (step + 1) / cfg.warmup_steps
@@ -503,7 +502,7 @@ class DataLoaderLite:
     """Reads batches of token sequences from the shards in data_dir. Errors: ValueError.
 
     A shard is a file of token ids, in which an <|endoftext|> stands before each document. The shard
-    is cut into windows of T inputs. The targets are the same tokens, one place on. For T = 4:
+    is cut into windows of T inputs. The targets are the same tokens, shifted by one. For T = 4:
 
         shard         50256 464 3797 3332 319 262 2603  13 …
         first window  inputs  50256  464 3797 3332      targets   464 3797 3332 319
@@ -512,10 +511,10 @@ class DataLoaderLite:
     A window may reach from one document into the next, and so may attention. The model learns from
     the <|endoftext|> between them that a new text begins.
 
-    Windows are numbered in the order in which a run reads them: 0, 1, 2, … without end. Training
-    reads each window once per epoch, and shuffles them anew for every epoch. Validation reads them
-    as they stand. The order follows from the seed alone. So a run that was stopped finds its place
-    by its step number, and several processes, the workers, can divide the windows of a step.
+    A run reads windows 0, 1, 2, … without end, and `find_window` says where each of them lies.
+    Training reads all of them once per epoch, and shuffles them anew for every epoch. Validation
+    reads them as they stand. The order follows from the seed alone. So a stopped run finds its
+    place by its step number, and several processes, the workers, can divide a step's windows.
     """
 
     def __init__(self, data_dir: str | Path, split: str, B: int, T: int, rank: int = 0,
@@ -547,7 +546,7 @@ class DataLoaderLite:
 
     def batch(self, i: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of this worker's batch i, if all batches of all workers have B
-        windows. (`train` asks for `windows`, because those of a step may not divide evenly.)"""
+        windows. (Not for `train`: the windows of a step may not divide evenly.)"""
         first = (i * self.world_size + self.rank) * self.B
         return self.windows(range(first, first + self.B))
 
@@ -560,10 +559,10 @@ class DataLoaderLite:
 #
 #     for step in range(max_steps):
 #         for _ in range(micro_steps):
-#             x, y = next(batches)             # (B, T) each: tokens, and those that come next
+#             x, y = next(batches)             # (B, T) each, from a DataLoaderLite
 #             loss = model(x, y) / micro_steps
 #             loss.backward()                  # adds the loss's gradient to each weight's .grad
-#         clip_grad_norm_(model.parameters(), 1.0)
+#         clip_grad_norm_(model.parameters(), 1.0)    # makes it smaller if it is very large
 #         for group in optimizer.param_groups:
 #             group["lr"] = get_lr(step)
 #         optimizer.step()                     # changes each weight a little
@@ -572,7 +571,8 @@ class DataLoaderLite:
 # A step of GPT-2 124M has 2^19 tokens (GPT-3, table 2.1), because the mean of many gradients is a
 # reliable direction. Memory holds fewer. So a step has several forward and backward passes, the
 # micro-steps, and each loss is divided by their number: the gradients add up to that of the mean.
-# The two functions below are this loop, for any number of workers, with checkpoints and a log.
+# The two functions below are this loop, for any number of workers, with checkpoints and a log. At
+# a first reading, look for the five numbered comments.
 
 
 def accumulate_gradients(net: nn.Module, loader: DataLoaderLite, windows: range, micro_steps: int,
@@ -581,17 +581,17 @@ def accumulate_gradients(net: nn.Module, loader: DataLoaderLite, windows: range,
 
     Returns this worker's loss, (). The mean over all workers is the loss of the step. net: the
     model, perhaps compiled. With several workers, PyTorch's DistributedDataParallel is around it,
-    and backward() replaces the gradients by their mean over all workers. scaler: see `train`.
+    and the last backward() takes the gradients' mean over all workers. scaler: see `train`.
     """
     mine = split_range(windows, worker.world_size)[worker.rank]
     total = torch.zeros((), device=worker.device)
     for i, batch in enumerate(split_range(mine, micro_steps), start=1):
         x, y = worker.to_device(*loader.windows(batch))  # (B, T) each
-        # The mean over the workers takes time, and after the last micro-step is early enough.
+        # The mean over the workers takes time. One, after the last micro-step, is enough.
         net.require_backward_grad_sync = i == micro_steps
         with worker.autocast():  # matrix products in a format that is faster than fp32, or in fp32
             # Usually this factor is 1 / micro_steps. If the windows do not divide evenly, a batch
-            # counts by its length. Times world_size, because the mean divides by that.
+            # counts by its length. world_size undoes the division by the mean over the workers.
             loss = net(x, y) * (len(batch) * worker.world_size / len(windows))
         scaler.scale(loss).backward()
         total += loss.detach()
@@ -626,7 +626,7 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
     first_step = run.restore() if resume else 0
     run.start_log(first_step)
 
-    signum = 0  # of the signal that stops the run
+    signum = 0  # the signal that stops the run, or 0
     for step in range(first_step, cfg.max_steps + 1):  # the last round only evaluates and saves
         finished = step == cfg.max_steps
         if (step % cfg.eval_every == 0 or finished) and not signum:
@@ -648,23 +648,23 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
             scaler.unscale_(optimizer)
 
         # 2. Bound it. All gradients together are seen as one long vector. If its length, the norm,
-        # is above grad_clip, they are scaled down, so one odd batch cannot rule AdamW's averages.
+        # is above grad_clip, they are scaled down. So no odd batch dominates AdamW's averages.
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
 
-        # 3. Let all workers agree. Each tells its loss, and the signal that told it to stop (0 if
-        # none did). After this line every worker knows this of all others, so all decide alike.
+        # 3. Let all workers agree. Each shares its loss and the signal that told it to stop (0 if
+        # none did) with all others, so all decide alike.
         losses, numbers = worker.gather(loss.item(), signals[0] if signals else 0).unbind(dim=1)
         signum = int(numbers.max())
         # A loss or gradient that is not finite would spoil every weight, so it ends the run. Only
         # fp16 may overflow now and then. Then no optimizer takes this step.
         skip = run.must_skip(step, losses, norm)
 
-        # 4. Take the step, against the gradient, and forget it.
+        # 4. Step against the gradient, then forget the gradient.
         lr = get_lr(step, cfg)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if not skip:
+            if not skip:  # scaler.step() would decide for each optimizer by itself
                 optimizer.step()
             optimizer.zero_grad()
         scaler.update()
@@ -677,11 +677,11 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
 
 
 # ==============================================================================================
-# Part II: a run. GPT-2 is complete at this point. What it borrows from below has a name that says
-# what it does: `require` and `check_values` raise errors, `inference` switches off gradients and
-# dropout. What follows makes a training run convenient, fast and safe: its options, files, workers
-# and devices, evaluation, checkpoints and log, weights from and for other programs, shortcuts for a
-# CPU, the optimizer Muon, and the command line, which at its end calls train().
+# Part II: a run. GPT-2 is complete at this point. What follows makes a run convenient, fast and
+# safe: its options, files, workers and devices, evaluation, checkpoints and log, weights from and
+# for other programs, shortcuts for a CPU, the optimizer Muon, and the command line, which at its
+# end calls train(). What was borrowed from here has a name that says what it does. For instance,
+# `require` and `check_values` raise errors, and `inference` switches off gradients and dropout.
 # ==============================================================================================
 
 # ------------------------------------------------------------------------------------ Options
@@ -799,7 +799,8 @@ class SampleConfig:
 
 
 # In training, wte has 50304 rows instead of 50257: see `padded`. The learning rates of the larger
-# models are GPT-3's, table 2.1.
+# models are GPT-3's, table 2.1. The shape and the rates of quick were found by trying: they gave
+# the lowest loss in three minutes on two CPU cores.
 PRESETS = {
     "quick": (
         GPTConfig(block_size=128, vocab_size=4096, n_layer=3, n_head=2, n_embd=128),
@@ -900,8 +901,8 @@ def token_bytes(tokenizer: Encoding) -> list[bytes]:
 def padded(n_vocab: int) -> int:
     """Rows of wte for n_vocab tokens: the next multiple of 128, such as 50304 for 50257.
 
-    GPUs multiply matrices in tiles, and an odd size leaves some tiles half empty. The rows that are
-    added belong to no token.
+    GPUs multiply matrices in tiles, and a size that is no multiple of a tile's leaves some tiles
+    half empty. The rows that are added belong to no token.
     """
     return math.ceil(n_vocab / 128) * 128
 
@@ -986,7 +987,7 @@ def flops_per_token(model: GPT, T: int) -> int:
 
 
 def cpu_features() -> dict[str, Any]:
-    """What the CPU has, and its name. PyTorch 2.9 lacks this function, and knows nothing."""
+    """What the CPU has, and its name; {} with PyTorch 2.9, which cannot tell."""
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
@@ -1052,9 +1053,8 @@ def divide_step(cfg: TrainConfig, T: int, worker: Worker) -> tuple[int, int]:
     """The most windows of a micro-step (B), and the micro-steps of a step, for each worker.
 
     B is at most micro_batch_size, unless a micro-step would then be empty: 2 workers that share 3
-    windows take 1 and 2, even if at most 1 is asked. On a CPU a micro-step has
-    at most 8,192 tokens, because more are no faster there. Errors: ValueError if a step cannot be
-    divided into windows.
+    windows take 1 and 2, even if at most 1 is asked. On a CPU it has at most 8,192 tokens, because
+    more are no faster there. Errors: ValueError if a step cannot be divided into windows.
     """
     windows, rest = divmod(cfg.total_batch_size, T)
     nearest = max(1, round(cfg.total_batch_size / T)) * T
@@ -1622,8 +1622,10 @@ class ChunkedLoss(torch.autograd.Function):
         ctx.N, V = len(x), len(weight)
         rows = 2**25 // V + 1  # products are fast if they are large
         few = 2**20 // V + 1  # the rest is fast if it fits into a CPU's cache
+        memory = x.new_empty(min(rows, ctx.N), V), torch.empty_like(weight)  # used again and again
         for i in range(0, ctx.N, rows):
-            logits = x[i : i + rows] @ weight.T  # (rows, V)
+            some = x[i : i + rows]  # (rows, C)
+            logits = torch.mm(some, weight.T, out=memory[0][: len(some)])  # (rows, V)
             pieces = zip(logits.split(few), targets[i : i + rows].split(few), strict=True)
             for z, target in pieces:  # (few, V), (few, 1)
                 full = z.float()  # sums over V terms need fp32
@@ -1636,7 +1638,7 @@ class ChunkedLoss(torch.autograd.Function):
                     z.copy_(p.scatter_add_(1, target, -torch.ones_like(p[:, :1])))
             if learns:
                 x_grad[i : i + rows] = logits @ weight
-                product = logits.T @ x[i : i + rows]  # (V, C)
+                product = torch.mm(logits.T, some, out=memory[1])  # (V, C)
                 for total, part in zip(weight_grad.split(1024), product.split(1024), strict=True):
                     total += part  # in parts, because adding bf16 to fp32 first makes fp32 of it
         ctx.save_for_backward(x_grad.view(shape), weight_grad)
@@ -1756,7 +1758,7 @@ class Muon(torch.optim.Optimizer):
             average.lerp_(grad, 1 - momentum)
             update = grad.lerp(average, momentum).to(self.dtype)  # Nesterov: looks one step ahead
             rows, columns = grad.shape[1:]
-            if rows == 3 * columns:  # c_attn is three matrices; as one it is 0.025 bits/byte worse
+            if rows == 3 * columns:  # c_attn is three matrices (as one: 0.025 bits per byte worse)
                 rows = columns
             update = orthogonalize(update.view(-1, rows, columns)).reshape(grad.shape)
             for p, u in zip(params, update, strict=True):
@@ -1876,7 +1878,7 @@ def make_model(flags: dict[str, Any], shape: GPTConfig, cfg: TrainConfig) -> GPT
 
 
 def fit_to_corpus(cfg: TrainConfig, model: GPT, worker: Worker) -> TrainConfig:
-    """The recipe cfg for the corpus in cfg.data_dir, which may be small.
+    """The recipe `quick`, cfg, for the corpus in cfg.data_dir, which may be small.
 
     If a text has fewer tokens than the model has weights and is read many times, the model learns
     it by heart, and then the validation loss rises. So such a text is read seven times at most, and
