@@ -327,7 +327,7 @@ def token_losses(model: GPT, rows: Sequence[Row], n_vocab: int) -> Tensor:
     parts = model.transformer
     x = parts.wte(idx) + parts.wpe(pos)  # (B, T, C)
     for block in parts.h:
-        x = block(x, mask)  # (B, T, C)
+        x = block(x, mask=mask)  # (B, T, C)
     # Only the vectors that predict a target go through the head, which is expensive.
     b = torch.tensor([b for b, row in enumerate(rows) for _ in row.places], device=device)  # (N,)
     t = torch.tensor([place for row in rows for place in row.places], device=device)  # (N,)

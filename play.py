@@ -789,7 +789,7 @@ class NoAttention(train_gpt2.Block):
         super().__init__(config)
         del self.ln_1, self.attn
 
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
+    def forward(self, x: Tensor, **context: Any) -> Tensor:
         return x + self.mlp(self.ln_2(x))
 
 
@@ -798,28 +798,28 @@ class NoMLP(train_gpt2.Block):
         super().__init__(config)
         del self.ln_2, self.mlp
 
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        return x + self.attn(self.ln_1(x), *context)
+    def forward(self, x: Tensor, **context: Any) -> Tensor:
+        return x + self.attn(self.ln_1(x), **context)
 
 
 class NoResidual(train_gpt2.Block):
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        return self.mlp(self.ln_2(self.attn(self.ln_1(x), *context)))
+    def forward(self, x: Tensor, **context: Any) -> Tensor:
+        return self.mlp(self.ln_2(self.attn(self.ln_1(x), **context)))
 
 
 class PostNorm(train_gpt2.Block):  # as in the Transformer of 2017
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        x = self.ln_1(x + self.attn(x, *context))
+    def forward(self, x: Tensor, **context: Any) -> Tensor:
+        x = self.ln_1(x + self.attn(x, **context))
         return self.ln_2(x + self.mlp(x))
 
 
 class Bare(train_gpt2.Block):  # neither residuals nor LayerNorms
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        return self.mlp(self.attn(x, *context))
+    def forward(self, x: Tensor, **context: Any) -> Tensor:
+        return self.mlp(self.attn(x, **context))
 
 
 class NoScale(train_gpt2.CausalSelfAttention):
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
+    def forward(self, x: Tensor, **context: Any) -> Tensor:
         return attend(self, "no scale", x)
 
 

@@ -214,6 +214,11 @@ def loss_is_a_sum(space, patch):
     patch.setattr(train_gpt2.ChunkedLoss, "apply", lambda x, w, y, _: loss(x, w, y, _) * y.numel())
 
 
+def cross_entropy_is_a_sum(space, patch):
+    plain = F.cross_entropy
+    patch.setattr(F, "cross_entropy", lambda z, y, **how: plain(z, y, **how) * y.numel())
+
+
 def mlp_of_2c(space, patch):
     patch.setattr(train_gpt2, "MLP", play.MLPOf2C)
     block = space["model"].transformer.h[0]
@@ -258,7 +263,7 @@ def parameters_missing(space, patch):
 
 
 def one_order_for_all_epochs(space, patch):
-    patch.setattr(train_gpt2.DataLoaderLite, "order", lambda self, n, *key: range(n))
+    patch.setattr(train_gpt2, "shuffled", lambda n, *key: range(n))
 
 
 def one_window_again_and_again(space, patch):
@@ -340,8 +345,8 @@ FAULTS = {  # a break of the notebook's own, or a function; and a phrase of each
     always_the_least_likely: ("play.draw_many", "theirs.generate("),
     cache_of_zeros: ("torch.equal(cached, idx)",),
     never_stops: ("stop=first",),
-    loss_is_a_sum: ("growing = torch.stack", "believed_minus_true", "undivided =",
-                    "losses[-1] < losses[0]"),
+    loss_is_a_sum: ("growing = torch.stack", "undivided =", "losses[-1] < losses[0]"),
+    cross_entropy_is_a_sum: ("believed_minus_true",),
     mlp_of_2c: ("play.JOURNEY", "totals =", "play.budget(c)", "factor == 4", "FlopCounterMode("),
     large_init: ("logits.logsumexp(",),
     unscaled_init_is_scaled: ("play.UnscaledInit",),
