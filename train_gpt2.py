@@ -6,7 +6,8 @@
     torchrun --standalone --nproc_per_node=8 train_gpt2.py    trains GPT-2 124M on them
 
 Read it from top to bottom. Its first part is GPT-2 itself, in the order in which one learns it. Its
-second part is the machinery of a training run; the first part calls some of its functions by name.
+second part is the machinery of a run. The first part calls it by names that say what it does, such
+as `require` and `check_values`, which raise errors.
 
 Notation in all files of this project:
     B   sequences in a batch                     nh  attention heads in a block (n_head)
@@ -47,12 +48,12 @@ z. The softmax function turns them into probabilities that sum to 1:
 
 Training shows the model text whose next tokens are known. The loss at a position is -ln p, where p
 is the probability that the model gave to the true next token. The gradient of the loss says, for
-each weight, how fast the loss rises when the weight grows a little. PyTorch records all
-operations from the weights to the loss, and the method `backward` goes back through them by the
+each weight (each learned number), how fast the loss rises when it grows a little. PyTorch records
+all operations from the weights to the loss, and the method `backward` goes back through them by the
 chain rule. One backward pass gives the gradient for all weights. Then each weight takes a small
-step in the direction in which the loss falls. Before training the loss is near 11, as if all tokens
-were equally likely. OpenAI's GPT-2 small reaches 3.29 on the text of FineWeb-Edu, according to
-Karpathy's build-nanogpt. It is then as unsure as among e^3.29 = 27 equally likely tokens.
+step in the direction in which the loss falls. Before training the loss is near ln V (11 in GPT-2),
+as if all tokens were equally likely. OpenAI's GPT-2 small reaches 3.29 on the text of FineWeb-Edu,
+according to Karpathy's build-nanogpt, as if it chose among e^3.29 = 27 equally likely tokens.
 
 The papers: "GPT-2" is Radford et al. 2019, Language Models are Unsupervised Multitask Learners.
 "GPT-3" is Brown et al. 2020, arXiv:2005.14165. It has the details of training that GPT-2 lacks.
@@ -96,7 +97,7 @@ class GPTConfig:
     # The longest sequence that the model can read, in tokens.
     block_size: int = 1024
     # The number of tokens: 256 bytes, 50000 merges and <|endoftext|>, which comes before each text.
-    # By default, training takes the tokenizer's number, rounded up to a multiple of 128 for speed.
+    # By default, training takes the tokenizer's number of tokens, rounded up to a multiple of 128.
     vocab_size: int = 50257
     # The number of blocks.
     n_layer: int = 12
@@ -104,9 +105,9 @@ class GPTConfig:
     n_head: int = 12
     # The length of a token's vector, in channels. It has to be a multiple of n_head.
     n_embd: int = 768
-    # The share of numbers that dropout sets to 0 in training, to make learning by heart harder.
+    # The share of numbers that dropout sets to 0 in training, to make memorising harder.
     dropout: float = 0.0
-    # Whether LayerNorm and Linear layers (but lm_head) add a learned vector, their bias.
+    # Whether LayerNorm and Linear layers (except lm_head) add a learned vector, their bias.
     bias: bool = True
 
     def __post_init__(self) -> None:
@@ -118,8 +119,8 @@ class GPTConfig:
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """softmax(q·kᵀ / √hs + mask)·v, for queries, keys and values of (B, nh, T, hs) each.
 
-    Vaswani et al. 2017, arXiv:1706.03762, section 3.2. Returns (B, nh, T, hs). Three Linear layers
-    make a query, a key and a value from a token's vector. The query says what the token looks for,
+    Vaswani et al. 2017, arXiv:1706.03762, section 3.2. Returns (B, nh, T, hs). A Linear layer
+    makes a query, a key and a value from a token's vector. The query says what the token looks for,
     and the key what it offers. The dot product of a query and a key is a score for how well they
     match. The value is what the token hands over. This happens nh times side by side, in the
     attention heads, each of which can look for something different. One head with T = 3:
@@ -135,8 +136,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     T, hs = q.shape[2:]
     # A score is a sum of hs products. If these were independent and had variance 1, the score would
     # have variance hs. Dividing by √hs brings the variance back to 1. If scores were much larger,
-    # softmax would give nearly all weight to one token, and hardly any gradient to the scores. It
-    # is cheaper to divide q than the scores. k.mT is k with its last two dimensions swapped.
+    # softmax would give nearly all weight to one token, and the scores would get hardly any
+    # gradient. Dividing q is cheaper. k.mT is k with its last two dimensions swapped.
     scores = (q / math.sqrt(hs)) @ k.mT  # (B, nh, T, T): a row for each query
     # No token may look at later ones. Training asks each token for its successor. If it could see
     # the successor, it would only have to copy it. The loss would fall to nearly 0, and the model
@@ -144,7 +145,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     # tokens, above the diagonal, become -∞, and their weights become e^-∞ = 0.
     mask = scores.new_full((T, T), -math.inf).triu(1)  # (T, T)
     weights = (scores + mask).softmax(dim=-1)  # (B, nh, T, T): each row sums to 1
-    weights = F.dropout(weights, dropout)  # the caller gives 0 outside of training
+    weights = F.dropout(weights, dropout)  # see GPT; the caller gives 0 outside of training
     return weights @ v  # (B, nh, T, hs): for each query the weighted sum of the values
 
 
@@ -162,11 +163,11 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None):
-        """Training gives x alone. cache is for writing text: see KVCache. mask, for hellaswag.py,
-        takes the triangle's place: True where a query (row) may look at a key (column)."""
+        """Training gives x alone. cache is for writing text: see KVCache. mask replaces the causal
+        mask; it is True where a query may look at a key. Only hellaswag.py gives one."""
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
-        # The channels are cut into nh heads. @ multiplies the last two dimensions, so nh has to
+        # The channels are cut into nh heads. @ multiplies in the last two dimensions, so nh has to
         # stand before them. No number moves: view and transpose only re-index the memory.
         hs = C // self.n_head
         q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
@@ -176,11 +177,11 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(k, v)  # (B, nh, tokens so far, hs) each
         dropout = self.dropout if self.training else 0.0
         if formula_is_fast(q, mask):
-            y = attention(q, k, v, dropout)  # (B, nh, T, hs)
+            y = attention(q, k, v, dropout)  # (B, nh, T, hs); never with older keys: T > 1
         else:
-            # PyTorch computes the same in one call. It is slower only for short sequences in bf16
-            # on a CPU. It may use FlashAttention (arXiv:2205.14135), which never holds a whole
-            # (T, T) matrix. If T = 1, the query is the last token's, and may look at all keys.
+            # PyTorch computes the same in one call. It is slower only for short sequences in 16-bit
+            # numbers on a CPU. It may use FlashAttention (arXiv:2205.14135), which never holds a
+            # whole (T, T) matrix. If T = 1, the query is the last token's and may see all keys.
             is_causal = mask is None and T > 1
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # the results of all heads, side by side
@@ -195,8 +196,8 @@ class MLP(nn.Module):
     learned vector, scaled by the match. The factor 4 is that of Vaswani et al.
 
     GELU (arXiv:1606.08415) is x·Φ(x), where Φ(x) is the share of the standard normal distribution
-    below x. It is a smooth form of ReLU, max(x, 0). ReLU has no gradient for negative x. GELU still
-    has some where x is slightly negative. GPT-2 used an approximation with tanh.
+    below x. GELU is a smooth form of ReLU, max(x, 0). ReLU has no gradient for negative x. GELU has
+    some where x is slightly negative. GPT-2 used an approximation with tanh.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -221,9 +222,9 @@ class Block(nn.Module):
     mean and variance are single numbers, and 1e-5 avoids a division by 0. weight and bias are
     learned vectors, (C,), that multiply and add channel by channel. So the sublayers read numbers
     of the same scale, however large the stream has grown. From the first block to the last, the
-    stream itself is never normalised (pre-norm; GPT-2, section 2.3). Only additions change it.
-    Gradients go back the same way, and fade much less than if the stream were normalised after each
-    addition, as Vaswani et al. did (post-norm).
+    stream itself is never normalised (pre-norm; GPT-2, section 2.3). Only additions change it. They
+    pass gradients back unchanged, so these fade much less than if the stream were normalised after
+    each addition, as Vaswani et al. did (post-norm).
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -253,8 +254,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),  # a vector for each token
-            wpe=nn.Embedding(config.block_size, config.n_embd),  # a vector for each position
+            wte=nn.Embedding(config.vocab_size, config.n_embd),  # word token embedding: see above
+            wpe=nn.Embedding(config.block_size, config.n_embd),  # word position embedding
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
@@ -269,8 +270,8 @@ class GPT(nn.Module):
     def hidden(self, idx: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Returns the residual stream after ln_f, (B, T, C), for token ids idx (B, T).
 
-        Training gives idx alone. caches: for writing text, a KVCache for each block, which has read
-        the tokens before idx. Errors: ValueError if there are more than block_size tokens.
+        Training gives idx alone. caches: for writing text, one KVCache per block, of the tokens
+        before idx. Errors: ValueError if there are more than block_size tokens.
         """
         start = caches[0].n_tokens if caches else 0
         end, limit = start + idx.size(1), self.config.block_size
@@ -278,7 +279,7 @@ class GPT(nn.Module):
         pos = torch.arange(start, end, device=idx.device)  # (T,): in training 0, 1, …, T - 1
         # A look-up takes a row out of a table. wpe is a learned table as well, and it ends at
         # block_size. Positions are needed because a weighted sum has no order. Without them, an
-        # attention layer would see the tokens before a token as an unordered bag.
+        # attention layer would see earlier tokens as an unordered bag.
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
@@ -295,13 +296,13 @@ class GPT(nn.Module):
             the true token got p = 0.25:        -ln(0.25)    =  1.39 nats
             all 50257 tokens equally likely:    -ln(1/50257) = 10.82 nats
 
-        The gradient of the loss with respect to a logit is (p - 1) / (B·T) for the true token, and
-        p / (B·T) for any other: what the model believes minus what is true.
+        The gradient of the loss for logit i is (p_i - 1) / (B·T) if i is the true token, and
+        p_i / (B·T) if not: what the model believes minus what is true, over all positions.
         """
         x = self.hidden(idx)  # (B, T, C)
         if targets is not None and loss_in_pieces(x):
-            # The same as below. The logits are the largest tensor of all, and a CPU is faster if
-            # only some of them exist at a time.
+            # A CPU takes this shortcut. It gives the same as the lines below. The logits are the
+            # largest tensor of all, and only some of them exist at a time.
             return ChunkedLoss.apply(x, self.lm_head.weight, targets, torch.is_grad_enabled())
         logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
@@ -314,8 +315,8 @@ class GPT(nn.Module):
 
         Biases are 0, and the weights of LayerNorms stay 1. 0.02 is OpenAI's choice (its code has
         0.01 for wpe). It keeps the first logits small, so the first loss is little more than the
-        ln V of equally likely tokens. (In GPT-2 small a logit has variance 0.02²·C = 0.307. The ln
-        of the mean of e^z is half of that, so the loss is 10.825 + 0.154 = 10.98.)
+        ln V of equally likely tokens. (In GPT-2 small they are normal, with variance s = 0.02²·C =
+        0.307. The mean of e^z is then e^(s/2), so the loss is 10.825 + 0.154 = 10.98.)
 
         Each of the 2L sublayers (attention and MLP of every block) ends in a c_proj that adds to
         the stream. Variances of independent terms add up, so the stream would grow with depth. We
@@ -346,8 +347,8 @@ class GPT(nn.Module):
 
         The form below gives the same tokens, up to rounding. It is faster, because each block keeps
         in a cache what it has computed so far, and reads only the new token. settings: see
-        `sample`, below. stop: a row that has drawn this token repeats it to the end. n_vocab: only
-        ids below it are drawn, if wte has more rows. Errors: ValueError if idx is empty.
+        `sample`, below. stop: a row that has drawn this token repeats it to the end. n_vocab: ids
+        from here on belong to no token, and are never drawn. Errors: ValueError if idx is empty.
         """
         require(idx.size(1) > 0, "the prompt is empty: it needs at least one token")
         block_size = self.config.block_size
@@ -358,8 +359,8 @@ class GPT(nn.Module):
                 if idx.size(1) <= block_size:
                     x = self.hidden(idx[:, caches[0].n_tokens :], caches)  # (B, new, C)
                 else:
-                    # From here on the window moves on by one token in each step. Then every token
-                    # has another position, so its old keys and values are no longer right.
+                    # Now it reads the last block_size tokens. In each step every token has another
+                    # position, so its old keys and values are no longer right.
                     x = self.hidden(idx[:, -block_size:])  # (B, block_size, C)
                 logits = self.lm_head(x[:, -1])[:, :n_vocab].float()  # (B, n_vocab)
                 token = sample(logits, **settings)  # (B, 1)
@@ -388,9 +389,8 @@ class GPT(nn.Module):
 class KVCache:
     """The keys and values of the tokens that a block has read.
 
-    A token never sees a later one, so its own keys and values never change. While a text is written
-    token by token, the block keeps them and computes only those of the newest token. Old queries
-    are not kept, because only their own tokens needed them.
+    A token never sees a later one, so its keys and values never change. While a text is written,
+    the block keeps them, and computes only those of the newest token. A query is needed only once.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -422,9 +422,9 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
 
     First, the temperature divides the logits. At 1, each token is drawn with the probability that
     the model gives it. Below 1, likely tokens become likelier still, and at 0 the likeliest is
-    always taken ("greedy"). Then top_k keeps the k likeliest tokens, whose probabilities again add
-    up to 1. Of these, top_p (arXiv:1904.09751) keeps as few of the likeliest as add up to at least
-    top_p. With top_p=0.7:
+    always taken ("greedy"). Then top_k keeps the k likeliest tokens, and rescales their
+    probabilities to sum to 1. Of these, top_p (arXiv:1904.09751) keeps the fewest of the likeliest
+    that add up to top_p or more. With top_p=0.7:
 
         probability                  .5    .3    .15   .05
         sum of those before it        0    .5    .8    .95
@@ -462,8 +462,8 @@ def configure_optimizers(model: GPT, cfg: TrainConfig, dtype: torch.dtype = torc
     weight moves by about lr at most, and by less where the gradients of different batches disagree.
 
     Weight decay multiplies a weight by 1 - lr·weight_decay in each step, which keeps matrices from
-    growing without end. Vectors (biases, LayerNorm's weights) do not decay: they are few, and a
-    LayerNorm weight that is pulled to 0 would silence its channel. (GPT-2 small has 98 of them.)
+    growing without end. Vectors (biases and LayerNorm's weights, 98 in GPT-2 small) do not decay:
+    they are few, and a LayerNorm weight that is pulled to 0 would silence its channel.
 
     The preset `quick`, for a laptop, has a newer optimizer for the matrices of the blocks, Muon,
     which has a section of its own. (`--optimizer adamw` trains without it.) dtype is for Muon.
@@ -511,10 +511,11 @@ class DataLoaderLite:
     A window may reach from one document into the next, and so may attention. The model learns from
     the <|endoftext|> between them that a new text begins.
 
-    A run reads windows 0, 1, 2, … without end, and `find_window` says where each of them lies.
-    Training reads all of them once per epoch, and shuffles them anew for every epoch. Validation
-    reads them as they stand. The order follows from the seed alone. So a stopped run finds its
-    place by its step number, and several processes, the workers, can divide a step's windows.
+    A run numbers the windows that it reads 0, 1, 2, … across all epochs, and `find_window` says
+    where each of them lies. Training reads every window once per epoch, each time in a new order.
+    Validation reads them as they stand. The order follows from the seed alone. So a stopped run
+    finds its place by its step number, and several processes (world_size workers, each with a rank
+    0, 1, …) can divide the windows of a step.
     """
 
     def __init__(self, data_dir: str | Path, split: str, B: int, T: int, rank: int = 0,
@@ -545,8 +546,7 @@ class DataLoaderLite:
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def batch(self, i: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of this worker's batch i, if all batches of all workers have B
-        windows. (Not for `train`: the windows of a step may not divide evenly.)"""
+        """This worker's batch i of B windows. (Not for `train`: a step may not divide evenly.)"""
         first = (i * self.world_size + self.rank) * self.B
         return self.windows(range(first, first + self.B))
 
@@ -559,7 +559,7 @@ class DataLoaderLite:
 #
 #     for step in range(max_steps):
 #         for _ in range(micro_steps):
-#             x, y = next(batches)             # (B, T) each, from a DataLoaderLite
+#             x, y = next(batches)             # (B, T) each; batches = iter(DataLoaderLite(…))
 #             loss = model(x, y) / micro_steps
 #             loss.backward()                  # adds the loss's gradient to each weight's .grad
 #         clip_grad_norm_(model.parameters(), 1.0)    # makes it smaller if it is very large
@@ -570,7 +570,7 @@ class DataLoaderLite:
 #
 # A step of GPT-2 124M has 2^19 tokens (GPT-3, table 2.1), because the mean of many gradients is a
 # reliable direction. Memory holds fewer. So a step has several forward and backward passes, the
-# micro-steps, and each loss is divided by their number: the gradients add up to that of the mean.
+# micro-steps, and each loss is divided by their number, so that the sum is the mean's gradient.
 # The two functions below are this loop, for any number of workers, with checkpoints and a log. At
 # a first reading, look for the five numbered comments.
 
@@ -580,8 +580,8 @@ def accumulate_gradients(net: nn.Module, loader: DataLoaderLite, windows: range,
     """Run this worker's share of a step's windows forward and backward.
 
     Returns this worker's loss, (). The mean over all workers is the loss of the step. net: the
-    model, perhaps compiled. With several workers, PyTorch's DistributedDataParallel is around it,
-    and the last backward() takes the gradients' mean over all workers. scaler: see `train`.
+    model, perhaps compiled. With several workers, PyTorch's DistributedDataParallel wraps it, and
+    the last backward() takes the gradients' mean over all workers. scaler: see `train`.
     """
     mine = split_range(windows, worker.world_size)[worker.rank]
     total = torch.zeros((), device=worker.device)
@@ -589,9 +589,9 @@ def accumulate_gradients(net: nn.Module, loader: DataLoaderLite, windows: range,
         x, y = worker.to_device(*loader.windows(batch))  # (B, T) each
         # The mean over the workers takes time. One, after the last micro-step, is enough.
         net.require_backward_grad_sync = i == micro_steps
-        with worker.autocast():  # matrix products in a format that is faster than fp32, or in fp32
+        with worker.autocast():  # matrix products in the worker's format, such as 16-bit numbers
             # Usually this factor is 1 / micro_steps. If the windows do not divide evenly, a batch
-            # counts by its length. world_size undoes the division by the mean over the workers.
+            # counts by its length. world_size cancels the division in the workers' mean.
             loss = net(x, y) * (len(batch) * worker.world_size / len(windows))
         scaler.scale(loss).backward()
         total += loss.detach()
@@ -611,8 +611,8 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
     tokenizer = load_tokenizer(cfg.data_dir)
     T = cfg.seq_len or model.config.block_size
     n_windows = cfg.total_batch_size // T  # of a step, for all workers together
-    # Evaluation uses the model itself and not net: its inputs have many lengths, and a compiled net
-    # would be compiled again for each of them.
+    # net is the model, perhaps compiled. Evaluation uses the model: its inputs have many lengths,
+    # and net would be compiled again for each of them.
     net, B, micro_steps = prepare_net(model.train(), cfg, T, worker)
     loader = DataLoaderLite(
         cfg.data_dir, "train", B, T, worker.rank, worker.world_size, cfg.seed, tokenizer.n_vocab
@@ -664,7 +664,7 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if not skip:  # scaler.step() would decide for each optimizer by itself
+            if not skip:  # scaler.step() might skip one optimizer and not the other
                 optimizer.step()
             optimizer.zero_grad()
         scaler.update()
@@ -680,8 +680,7 @@ def train(model: GPT, cfg: TrainConfig, worker: Worker | None = None, resume: bo
 # Part II: a run. GPT-2 is complete at this point. What follows makes a run convenient, fast and
 # safe: its options, files, workers and devices, evaluation, checkpoints and log, weights from and
 # for other programs, shortcuts for a CPU, the optimizer Muon, and the command line, which at its
-# end calls train(). What was borrowed from here has a name that says what it does. For instance,
-# `require` and `check_values` raise errors, and `inference` switches off gradients and dropout.
+# end calls train().
 # ==============================================================================================
 
 # ------------------------------------------------------------------------------------ Options
