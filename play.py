@@ -819,7 +819,7 @@ class Bare(train_gpt2.Block):  # neither residuals nor LayerNorms
 
 
 class NoScale(train_gpt2.CausalSelfAttention):
-    def forward(self, x: Tensor, **context: Any) -> Tensor:
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
         return attend(self, "no scale", x)
 
 

@@ -708,15 +708,15 @@ def require(condition: bool, message: str) -> None:
 def check_values(config: GPTConfig | TrainConfig | SampleConfig) -> None:
     """Errors: ValueError that names the first value which is not allowed."""
     for f in fields(config):
-        value = getattr(config, f.name)
+        value, kind = getattr(config, f.name), type(f.default)
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        require(fits, f"{f.name}={value!r} is not of type {kind.__name__}")
         if choices := CHOICES.get(f.name):
             require(value in choices, f"{f.name}={value!r} is not one of {', '.join(choices)}")
-        elif not isinstance(f.default, str):
-            kind = (int, float) if isinstance(f.default, float) else int
+        elif kind is not str:
             low = 0 if f.name in MAY_BE_0 else 1 if kind is int else 1e-12
             high = AT_MOST.get(f.name, 2**40)
-            fits = isinstance(value, kind) and low <= value <= high
-            require(fits, f"{f.name}={value!r} is not a number from {low} to {high}")
+            require(low <= value <= high, f"{f.name}={value!r} is not from {low} to {high}")
 
 
 @dataclass(frozen=True)
@@ -1295,7 +1295,7 @@ class Run:
         self.log_dir = Path(cfg.log_dir)
         self.skipped = 0  # steps in a row
         self.seconds = 0.0  # of all steps so far
-        self.best = math.inf, 0  # the lowest validation loss, and its step: inf if hf/ lacks it
+        self.best, self.best_saved = (math.inf, 0), True  # the lowest validation loss, its step
         check_vocabulary(model, tokenizer)
         encode_prompt(cfg.sample_prompt, model, tokenizer)  # an error comes now, not later
         sizes = loader.B, loader.T, worker.rank, worker.world_size, cfg.seed, tokenizer.n_vocab
@@ -1314,7 +1314,8 @@ class Run:
         val_loss, bits = evaluate(model, self.val_loader, cfg.val_tokens, self.tokenizer, worker)
         if not math.isfinite(val_loss):
             raise FloatingPointError(f"step {step}: the validation loss is {val_loss}")
-        self.best = min(self.best, (val_loss, step))
+        found, best_step = (val_loss, step), self.best[1]
+        self.best = found if step == best_step else min(self.best, found)  # == if it was resumed
         record = dict(step=step, val_loss=val_loss, bits_per_byte=bits, best_step=self.best[1])
         if self.examples:
             record |= self.hellaswag.evaluate(model, self.tokenizer, self.examples, worker)
@@ -1327,16 +1328,15 @@ class Run:
             how = dict(n=4, seed=cfg.seed, max_new_tokens=32, top_k=50)
             samples = sample_texts(model, self.tokenizer, worker, cfg.sample_prompt, **how)
             worker.print(*(f"  {text!r}" for text in samples))
-            if self.best == (val_loss, step):
-                self.best = val_loss, math.inf
+            if self.best == found:
+                self.best_saved = False
                 with only_warn():
                     model.save_pretrained(self.log_dir / "hf", self.tokenizer)
-                    self.best = val_loss, step
+                    self.best_saved = True
 
     def finish(self) -> None:
         """Say what the run leaves behind. Errors: OSError if the best model could not be saved."""
-        _, best_step = self.best
-        if best_step == math.inf:
+        if not self.best_saved:
             raise OSError(f"{self.log_dir}/hf lacks the best model, as it could not be written")
         if self.worker.rank == 0:
             with only_warn(ValueError):
@@ -1344,6 +1344,7 @@ class Run:
 
                 page = self.log_dir / "life.html"
                 life.write_page(*load_model(self.log_dir), page, name=self.cfg.log_dir)
+        best_step = self.best[1]
         which = f"in hf/ the model of step {best_step}, whose validation loss is the lowest"
         self.worker.print(
             f"{self.log_dir} has log.jsonl, loss.png, life.html, checkpoints, and {which}"
@@ -1359,8 +1360,9 @@ class Run:
                 save_checkpoint(
                     self.log_dir, 10 * self.cfg.checkpoint_every, step,
                     config=asdict(self.model.config), train_config=asdict(self.cfg),
-                    model=self.model.state_dict(), scaler=self.scaler.state_dict(), best=self.best,
+                    model=self.model.state_dict(), scaler=self.scaler.state_dict(),
                     optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+                    best=self.best, best_saved=self.best_saved,
                 )  # fmt: skip
 
     def restore(self) -> int:
@@ -1382,7 +1384,7 @@ class Run:
             if state["scaler"]:  # it is empty unless the run was in fp16
                 self.scaler.load_state_dict(state["scaler"])
             require("best" in state, f"{path} is of an earlier version, and cannot be resumed")
-            step, self.best = state["step"], state["best"]
+            step, self.best, self.best_saved = state["step"], state["best"], state["best_saved"]
         steps, end = self.worker.gather(step).unique().tolist(), self.cfg.max_steps
         differ = f"{self.log_dir}: the workers found checkpoints of different steps: {steps}"
         require(len(steps) == 1, differ)
@@ -1508,7 +1510,9 @@ def load_hugging_face(name: str | Path) -> GPT:
         require(not others, f"its {', '.join(others)} is not GPT-2's")
         shape = [c.get(k) for k in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")]
         # A large model is in several files, and an older one in pytorch_model.bin.
-        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_*.bin"))
+        patterns = ("model.safetensors", "model-*-of-*.safetensors",
+                    "pytorch_model.bin", "pytorch_model-*-of-*.bin")  # fmt: skip
+        files = next((f for p in patterns if (f := sorted(folder.glob(p)))), [])
         require(len(files) > 0, "there is no model.safetensors and no pytorch_model.bin")
         load = load_bin if files[0].suffix == ".bin" else load_file
         # OpenAI's names lack the prefix, and its causal masks are not weights.
@@ -1646,10 +1650,8 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        # In place, so no copy of weight_grad is made while all activations are still in memory. A
-        # second backward() then is an error, as PyTorch notices the change.
-        scale = grad / ctx.N
-        return *(t.mul_(scale) for t in ctx.saved_tensors), None, None
+        x_grad, weight_grad = ctx.saved_tensors
+        return x_grad * (grad / ctx.N), weight_grad * (grad / ctx.N), None, None
 
 
 @contextmanager
@@ -1913,15 +1915,17 @@ def safe_device(cfg: TrainConfig, shape: GPTConfig) -> str:
 def collect_signals() -> Iterator[list[int]]:
     """Inside, Ctrl-C and SIGTERM do not end the process. Their numbers come into this list."""
     received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_signal(number: int, frame: Any) -> None:
         received.append(number)
         # A second Ctrl-C does not wait for a checkpoint. A second SIGTERM does: a scheduler sends
         # it to every process, and torchrun then once more to its workers.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number in before:
+            signal.signal(number, on_signal)
         yield received
     finally:
         for number, handler in before.items():
@@ -1938,23 +1942,23 @@ def execute(flags: dict[str, Any]) -> int:
     preset = flags.get("preset") or ("gpt2" if has_shards or "init" in flags else "quick")
     names = [given] if given else [f"log/{preset}", *(f"log/{preset}-{i}" for i in range(2, 1000))]
     runs = [name for name in names if resume and Path(name, "log.jsonl").exists()]
-    changes: list[str] = []
+    own: dict[str, Any] = {}
     starts = [r for r in read_log(runs[-1]) if "train_config" in r] if runs else []
     if starts:  # what is not given is as in the run so far, and not as in the preset
         own = starts[-1]["config"] | starts[-1]["train_config"]
-        changed = [key for key in own if key in flags and own[key] != flags[key]]
-        changes = [f"{key} was {own[key]!r}, now it is {flags[key]!r}" for key in changed]
-        flags = own | flags
-    shape, cfg = (with_flags(config, flags) for config in PRESETS[preset])
+    shape, cfg = (with_flags(config, own | flags) for config in PRESETS[preset])
     worker = start_worker(safe_device(cfg, shape), cfg.precision)
-    worker.print(*changes)
+    changed = [key for key in own if key in flags and own[key] != flags[key]]
+    worker.print(*(f"{key} was {own[key]!r}, now it is {flags[key]!r}" for key in changed))
+    if own:
+        flags = flags | {"vocab_size": shape.vocab_size}
     cfg = replace(cfg, log_dir=runs[-1] if runs else take_log_dir(names, worker))
     if preset == "quick" and not flags.keys() & {"preset", "data_dir"} and not runs:
         worker.print("no shards in edu_fineweb10B (python fineweb.py makes them): preset quick")
     log = Path(cfg.log_dir, "log.jsonl")
     with locked(log) if worker.rank == 0 else nullcontext():
         try:
-            if preset == "quick" and "data_dir" not in flags:
+            if cfg.data_dir == PRESETS["quick"][1].data_dir and "data_dir" not in flags:
                 import fineweb
 
                 fineweb.prepare_stdlib(cfg.data_dir)  # one worker makes it, the others wait

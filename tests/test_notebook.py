@@ -553,6 +553,16 @@ def test_ablations_json_has_three_seeds_of_a_variant_and_those_of_the_recipe_as_
         assert bits is None or (math.isfinite(bits) and 0.5 < bits < 4)
 
 
+@pytest.mark.parametrize("name", play.ABLATIONS)
+def test_each_variant_learns_from_a_batch(name):
+    model = play.make_variant(play.ABLATIONS[name], 0)
+    idx = torch.randint(100, (2, 9), generator=torch.Generator().manual_seed(0))
+    model(idx[:, :-1], idx[:, 1:]).backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]  # "no positions": not wpe
+    assert len(grads) >= len(list(model.parameters())) - 1
+    assert all(grad.isfinite().all() and grad.any() for grad in grads)
+
+
 def test_a_variant_is_held_against_the_baseline_that_was_measured_in_the_same_way(tmp_path):
     rows = [("baseline", 250, "fp32", 2.0), ("ReLU", 250, "fp32", 2.5), ("AdamW", 250, "fp32", 3.0),
             ("AdamW, no warm-up", 250, "fp32", 3.125), ("baseline", 400, "bf16", 1.0),
