@@ -1375,6 +1375,20 @@ def test_ten_skipped_steps_in_a_row_stop_the_run(tmp_path, data_dir):
         fp16(tmp_path / "log", data_dir, overflow(0, *range(2, 12)), max_steps=30)
 
 
+def test_a_run_that_is_resumed_at_its_best_step_writes_that_model_again(
+    tmp_path, data_dir, monkeypatch, capsys
+):
+    """Although its loss is measured a little higher now, as on another machine."""
+    losses = iter([3.0, 2.0, 2.1, 2.5])  # steps 0, 4; 4 again, 8
+    monkeypatch.setattr("train_gpt2.evaluate", lambda *args: (next(losses), 1.0))
+    log_dir = tmp_path / "log"
+    begin(log_dir, data_dir, max_steps=4, eval_every=4)
+    shutil.rmtree(log_dir / "hf")
+    begin(log_dir, data_dir, max_steps=8, eval_every=4, resume=True)
+    assert GPT.from_pretrained(log_dir / "hf")
+    assert "hf/ the model of step 4" in capsys.readouterr().out
+
+
 def test_hf_is_the_model_of_the_best_evaluation_also_after_resuming(
     tmp_path, data_dir, monkeypatch, capsys
 ):
