@@ -718,7 +718,10 @@ def draw_budget(curves: dict[str, list[tuple[float, float]]], path: Path) -> Non
     for (name, points), color in zip(curves.items(), colors, strict=True):
         axes.plot(*zip(*points, strict=True), color=color)
         axes.plot(*points[-1], "o", color=color)
-        axes.annotate(f" {name}: {points[-1][1]:.3f}", points[-1], color=color, va="center")
+        axes.annotate(
+            f"{name}: {points[-1][1]:.3f}", points[-1], xytext=(8, 0), textcoords="offset points",
+            va="center", bbox=dict(facecolor="white", edgecolor="none", pad=1.5, alpha=0.9),
+        )  # fmt: skip
     low, high = axes.get_xlim()
     axes.set_xlim(low, 6 * high)  # room for the names
     ticks = [t for t in (3, 10, 30, 60, 120, 300, 600, 1200, 3600) if low < t < 2 * high]
