@@ -707,7 +707,7 @@ def learning_curve(log: list[dict[str, Any]]) -> list[tuple[float, float]]:
 
 
 def draw_budget(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
-    """Bits per byte against seconds, a line for each run, with its name where it ends."""
+    """Bits per byte against seconds, a line for each run, with a dot where it ends."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained", dpi=160)
@@ -716,14 +716,11 @@ def draw_budget(curves: dict[str, list[tuple[float, float]]], path: Path) -> Non
     axes.set_title("What another minute buys: the quick recipe, longer and wider")
     colors = ("#56b4e9", "#000000", "#0072b2", "#e69f00", "#d55e00")
     for (name, points), color in zip(curves.items(), colors, strict=True):
-        axes.plot(*zip(*points, strict=True), color=color)
-        axes.plot(*points[-1], "o", color=color)
-        axes.annotate(
-            f"{name}: {points[-1][1]:.3f}", points[-1], xytext=(8, 0), textcoords="offset points",
-            va="center", bbox=dict(facecolor="white", edgecolor="none", pad=1.5, alpha=0.9),
-        )  # fmt: skip
+        label = f"{name}: {points[-1][1]:.3f}"
+        axes.plot(*zip(*points, strict=True), color=color, marker="o", markevery=[-1], label=label)
+    axes.legend(loc="upper right", frameon=False)
     low, high = axes.get_xlim()
-    axes.set_xlim(low, 6 * high)  # room for the names
+    axes.set_xlim(low, 2 * high)  # room for the legend
     ticks = [t for t in (3, 10, 30, 60, 120, 300, 600, 1200, 3600) if low < t < 2 * high]
     axes.set_xticks(ticks, map(str, ticks))
     axes.minorticks_off()
