@@ -6,8 +6,8 @@
     torchrun --standalone --nproc_per_node=8 train_gpt2.py    trains GPT-2 124M on them
 
 Read it from top to bottom. Its first part is GPT-2 itself, in the order in which one learns it. Its
-second part is the machinery of a run. The first part calls it by names that say what it does, such
-as `require` and `check_values`, which raise errors.
+second part is the machinery of a run. The first part uses some of its functions, whose names say
+what they do: `require`, for instance, raises an error unless a condition holds.
 
 Notation in all files of this project:
     B   sequences in a batch                     nh  attention heads in a block (n_head)
@@ -23,8 +23,8 @@ into words, each with the space before it. It finds the pair of neighbouring tok
 frequent within the words, and merges it into a new token. It repeats this 50,000 times. In the end
 a frequent word is one token, and a rare word is several. The same merges encode any other text.
 
-GPT-2 takes T tokens and predicts, for each of them, which token comes next. A sentence's way
-through GPT-2 small:
+GPT-2 takes T tokens and predicts, for each of them, which token comes next. This is
+a sentence's way through GPT-2 small:
 
     "The cat sat on the"
       ▼ encode                      "The" " cat" " sat" " on" " the"
@@ -48,12 +48,12 @@ z. The softmax function turns them into probabilities that sum to 1:
 
 Training shows the model text whose next tokens are known. The loss at a position is -ln p, where p
 is the probability that the model gave to the true next token. The gradient of the loss says, for
-each weight (each learned number), how fast the loss rises when it grows a little. PyTorch records
+each weight (each learned number), how fast the loss rises if that weight grows. PyTorch records
 all operations from the weights to the loss, and the method `backward` goes back through them by the
 chain rule. One backward pass gives the gradient for all weights. Then each weight takes a small
 step in the direction in which the loss falls. Before training the loss is near ln V (11 in GPT-2),
-as if all tokens were equally likely. OpenAI's GPT-2 small reaches 3.29 on the text of FineWeb-Edu,
-according to Karpathy's build-nanogpt, as if it chose among e^3.29 = 27 equally likely tokens.
+as if all tokens were equally likely. OpenAI's GPT-2 small reaches 3.29 on FineWeb-Edu (measured by
+build-nanogpt). It is then as unsure as if it chose among e^3.29 = 27 equally likely tokens.
 
 The papers: "GPT-2" is Radford et al. 2019, Language Models are Unsupervised Multitask Learners.
 "GPT-3" is Brown et al. 2020, arXiv:2005.14165. It has the details of training that GPT-2 lacks.
@@ -137,7 +137,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     # A score is a sum of hs products. If these were independent and had variance 1, the score would
     # have variance hs. Dividing by √hs brings the variance back to 1. If scores were much larger,
     # softmax would give nearly all weight to one token, and the scores would get hardly any
-    # gradient. Dividing q is cheaper. k.mT is k with its last two dimensions swapped.
+    # gradient. (It is cheaper to divide q.) k.mT is k with its last two dimensions swapped.
     scores = (q / math.sqrt(hs)) @ k.mT  # (B, nh, T, T): a row for each query
     # No token may look at later ones. Training asks each token for its successor. If it could see
     # the successor, it would only have to copy it. The loss would fall to nearly 0, and the model
@@ -177,7 +177,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(k, v)  # (B, nh, tokens so far, hs) each
         dropout = self.dropout if self.training else 0.0
         if formula_is_fast(q, mask):
-            y = attention(q, k, v, dropout)  # (B, nh, T, hs); never with older keys: T > 1
+            y = attention(q, k, v, dropout)  # (B, nh, T, hs); if T > 1, no keys are older
         else:
             # PyTorch computes the same in one call. It is slower only for short sequences in 16-bit
             # numbers on a CPU. It may use FlashAttention (arXiv:2205.14135), which never holds a
@@ -254,7 +254,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),  # word token embedding: see above
+            wte=nn.Embedding(config.vocab_size, config.n_embd),  # word token embedding, (V, C)
             wpe=nn.Embedding(config.block_size, config.n_embd),  # word position embedding
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
@@ -297,7 +297,7 @@ class GPT(nn.Module):
             all 50257 tokens equally likely:    -ln(1/50257) = 10.82 nats
 
         The gradient of the loss for logit i is (p_i - 1) / (B·T) if i is the true token, and
-        p_i / (B·T) if not: what the model believes minus what is true, over all positions.
+        p_i / (B·T) if not: what the model believes minus what is true, over B·T positions.
         """
         x = self.hidden(idx)  # (B, T, C)
         if targets is not None and loss_in_pieces(x):
@@ -315,8 +315,8 @@ class GPT(nn.Module):
 
         Biases are 0, and the weights of LayerNorms stay 1. 0.02 is OpenAI's choice (its code has
         0.01 for wpe). It keeps the first logits small, so the first loss is little more than the
-        ln V of equally likely tokens. (In GPT-2 small they are normal, with variance s = 0.02²·C =
-        0.307. The mean of e^z is then e^(s/2), so the loss is 10.825 + 0.154 = 10.98.)
+        ln V of equally likely tokens. (GPT-2 small's first logits are about normal, with variance
+        s = 0.02²·C = 0.307. The mean of e^z is then e^(s/2), and the loss 10.825 + 0.154 = 10.98.)
 
         Each of the 2L sublayers (attention and MLP of every block) ends in a c_proj that adds to
         the stream. Variances of independent terms add up, so the stream would grow with depth. We
@@ -347,8 +347,8 @@ class GPT(nn.Module):
 
         The form below gives the same tokens, up to rounding. It is faster, because each block keeps
         in a cache what it has computed so far, and reads only the new token. settings: see
-        `sample`, below. stop: a row that has drawn this token repeats it to the end. n_vocab: ids
-        from here on belong to no token, and are never drawn. Errors: ValueError if idx is empty.
+        `sample`, below. stop: a row that has drawn this token repeats it to the end. ids from
+        n_vocab on belong to no token, and are never drawn. Errors: ValueError if idx is empty.
         """
         require(idx.size(1) > 0, "the prompt is empty: it needs at least one token")
         block_size = self.config.block_size
@@ -562,15 +562,15 @@ class DataLoaderLite:
 #             x, y = next(batches)             # (B, T) each; batches = iter(DataLoaderLite(…))
 #             loss = model(x, y) / micro_steps
 #             loss.backward()                  # adds the loss's gradient to each weight's .grad
-#         clip_grad_norm_(model.parameters(), 1.0)    # makes it smaller if it is very large
+#         clip_grad_norm_(model.parameters(), 1.0)    # makes very large gradients smaller
 #         for group in optimizer.param_groups:
 #             group["lr"] = get_lr(step)
 #         optimizer.step()                     # changes each weight a little
 #         optimizer.zero_grad()
 #
 # A step of GPT-2 124M has 2^19 tokens (GPT-3, table 2.1), because the mean of many gradients is a
-# reliable direction. Memory holds fewer. So a step has several forward and backward passes, the
-# micro-steps, and each loss is divided by their number, so that the sum is the mean's gradient.
+# reliable direction. Memory cannot hold so many, so a step has several forward and backward passes,
+# the micro-steps. Each loss is divided by their number. So .grad becomes the mean loss's gradient.
 # The two functions below are this loop, for any number of workers, with checkpoints and a log. At
 # a first reading, look for the five numbered comments.
 
@@ -798,8 +798,8 @@ class SampleConfig:
 
 
 # In training, wte has 50304 rows instead of 50257: see `padded`. The learning rates of the larger
-# models are GPT-3's, table 2.1. The shape and the rates of quick were found by trying: they gave
-# the lowest loss in three minutes on two CPU cores.
+# models are GPT-3's, table 2.1. The shape and the rates of quick gave the lowest loss, of what was
+# tried, in three minutes on two CPU cores.
 PRESETS = {
     "quick": (
         GPTConfig(block_size=128, vocab_size=4096, n_layer=3, n_head=2, n_embd=128),
@@ -1314,8 +1314,9 @@ class Run:
         val_loss, bits = evaluate(model, self.val_loader, cfg.val_tokens, self.tokenizer, worker)
         if not math.isfinite(val_loss):
             raise FloatingPointError(f"step {step}: the validation loss is {val_loss}")
-        found, best_step = (val_loss, step), self.best[1]
-        self.best = found if step == best_step else min(self.best, found)  # == if it was resumed
+        found = val_loss, step
+        again = step == self.best[1]  # a run that is resumed at its best step measures it anew
+        self.best = found if again else min(self.best, found)
         record = dict(step=step, val_loss=val_loss, bits_per_byte=bits, best_step=self.best[1])
         if self.examples:
             record |= self.hellaswag.evaluate(model, self.tokenizer, self.examples, worker)
@@ -1625,10 +1626,11 @@ class ChunkedLoss(torch.autograd.Function):
         ctx.N, V = len(x), len(weight)
         rows = 2**25 // V + 1  # products are fast if they are large
         few = 2**20 // V + 1  # the rest is fast if it fits into a CPU's cache
-        memory = x.new_empty(min(rows, ctx.N), V), torch.empty_like(weight)  # used again and again
+        # Each piece writes into the same memory.
+        all_logits, product = x.new_empty(min(rows, ctx.N), V), torch.empty_like(weight)
         for i in range(0, ctx.N, rows):
             some = x[i : i + rows]  # (rows, C)
-            logits = torch.mm(some, weight.T, out=memory[0][: len(some)])  # (rows, V)
+            logits = torch.mm(some, weight.T, out=all_logits[: len(some)])  # (rows, V)
             pieces = zip(logits.split(few), targets[i : i + rows].split(few), strict=True)
             for z, target in pieces:  # (few, V), (few, 1)
                 full = z.float()  # sums over V terms need fp32
@@ -1641,9 +1643,10 @@ class ChunkedLoss(torch.autograd.Function):
                     z.copy_(p.scatter_add_(1, target, -torch.ones_like(p[:, :1])))
             if learns:
                 x_grad[i : i + rows] = logits @ weight
-                product = torch.mm(logits.T, some, out=memory[1])  # (V, C)
+                torch.mm(logits.T, some, out=product)  # (V, C)
+                # In parts, because PyTorch would first make a copy in fp32 of a whole bf16 product.
                 for total, part in zip(weight_grad.split(1024), product.split(1024), strict=True):
-                    total += part  # in parts, because adding bf16 to fp32 first makes fp32 of it
+                    total += part
         ctx.save_for_backward(x_grad.view(shape), weight_grad)
         return loss / ctx.N
 

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import io
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -678,6 +679,19 @@ def test_an_interrupt_in_a_notebook_saves_a_checkpoint_and_a_second_one_interrup
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_resumed_quick_run_makes_a_missing_corpus_again(monkeypatch, capsys):
+    def prepare(folder):
+        raise ValueError(f"{folder} is made again")
+
+    monkeypatch.setattr("fineweb.prepare_stdlib", prepare)
+    shape, cfg = train_gpt2.PRESETS["quick"]
+    facts = dict(config=dataclasses.asdict(shape), train_config=dataclasses.asdict(cfg))
+    Path("log/quick").mkdir(parents=True)
+    Path("log/quick/log.jsonl").write_text(json.dumps(facts) + "\n")
+    assert train_gpt2.main(["--preset=quick", "--resume"]) == 1
+    assert "data/stdlib is made again" in capsys.readouterr().err
 
 
 def test_ipythons_run_magic_runs_the_program(data_dir):

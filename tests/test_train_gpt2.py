@@ -1375,6 +1375,22 @@ def test_ten_skipped_steps_in_a_row_stop_the_run(tmp_path, data_dir):
         fp16(tmp_path / "log", data_dir, overflow(0, *range(2, 12)), max_steps=30)
 
 
+@pytest.mark.parametrize("name", ["model_backup.safetensors", "model-00001-of-00002.safetensors"])
+def test_other_weights_beside_those_of_a_folder_are_not_read(tmp_path, name):
+    model, other = tiny(std=0.1), tiny(std=0.2)
+    other.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    model.save_pretrained(tmp_path)
+    read = GPT.from_pretrained(tmp_path)
+    assert_same(read.transformer.wte.weight, model.transformer.wte.weight)
+
+
+@pytest.mark.parametrize("name", ["log_dir", "data_dir", "device", "sample_prompt"])
+def test_a_text_in_a_config_has_to_be_one(name):
+    with pytest.raises(ValueError, match=f"{name}=5 "):
+        TrainConfig(**{name: 5})
+
+
 def test_a_run_that_is_resumed_at_its_best_step_writes_that_model_again(
     tmp_path, data_dir, monkeypatch, capsys
 ):
